@@ -1,0 +1,73 @@
+"""
+What a source is: one kernel mechanism, read by one class that knows nothing of the others.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from msgspec import Struct
+
+from procwatch.errors import SourceUnavailable
+from procwatch.facts import Fact
+
+
+class SourceStats(Struct, frozen=True):
+    """
+    Counters of one source since it was opened.
+    """
+
+    facts: int = 0  # handed downstream
+    wakeups: int = 0  # calls of read() that found something
+    lost: int = 0  # dropped by the kernel or by us, as far as known
+    undecoded: int = 0  # messages that were not what the kernel's headers promise
+
+
+class Source(Protocol):
+    """
+    Read one mechanism of the kernel.
+
+    `open()` raises SourceUnavailable with a reason and a remedy and leaves nothing open then. `read()` never blocks
+    and never raises on content. All are called from one thread.
+    """
+
+    name: ClassVar[str]
+
+    def probe(self) -> SourceUnavailable | None:
+        """
+        Say why this source cannot work here, or None; cheap, and leaves nothing open.
+        """
+
+    def open(self) -> None:
+        """
+        Begin to listen.
+
+        Raises:
+            SourceUnavailable: It cannot work here; nothing is left open.
+        """
+
+    def fileno(self) -> int | None:
+        """
+        The descriptor that is readable when `read()` has something, or None: then `delay_s()` tells when to look.
+        """
+
+    def delay_s(self) -> float:
+        """
+        With a descriptor: how long to let facts gather after a wake-up before `read()`, 0 for none.
+        Without one: when to call `read()` next.
+        """
+
+    def read(self) -> list[Fact]:
+        """
+        All that is there now, in the order of the kernel's time, losses marked where they happened.
+        """
+
+    def stats(self) -> SourceStats:
+        """
+        Counters so far.
+        """
+
+    def close(self) -> None:
+        """
+        Stop listening and free everything; may be called twice.
+        """
