@@ -83,7 +83,8 @@ class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=
         """
         `time` as nanoseconds since 1970-01-01 UTC.
         """
-        return int(datetime.fromisoformat(self.time[:19] + "+00:00").timestamp()) * 1_000_000_000 + int(self.time[20:29])
+        seconds = int(datetime.fromisoformat(self.time[:19] + "+00:00").timestamp())
+        return seconds * 1_000_000_000 + int(self.time[20:29])
 
     @property
     def raw(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ tracked by the garbage collector (`gc=False`): they never form cycles, and live 
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 # Why a field is null (`missing` in an event).
 EXITED = "exited"  # the process was gone, or a zombie, before it could be read
@@ -151,7 +151,7 @@ class Alive(Fact, gc=False):
     A look at a living process: the snapshot at the start, the scan, a resync.
     """
 
-    details: Details = Details()
+    details: Details = field(default_factory=Details)
 
 
 class Gone(Fact, gc=False):
@@ -181,7 +181,7 @@ class Accounted(Fact, gc=False):
     The kernel's account of an ended process (taskstats): joined with its Exit.
     """
 
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     ppid: int | None = None
     uid: int | None = None
     gid: int | None = None
@@ -202,4 +202,4 @@ class Lost(Fact, gc=False):
     exact: bool = True
     since_ns: int = 0
     until_ns: int = 0
-    kinds: tuple[str, ...] = ()
+    kinds: dict[str, int] = {}

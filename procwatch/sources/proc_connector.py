@@ -1,0 +1,317 @@
+"""
+The process connector: netlink messages on every fork, exec and exit (drivers/connector/cn_proc.c).
+
+Facts about it that shaped this file, all tried on Linux 6.18:
+
+- LISTEN is two-step. Every kernel takes 4 bytes and acknowledges them; the 8-byte form with a mask is Linux 6.6 and is
+  dropped in silence before. We send 4 bytes and demand the acknowledgement, because a LISTEN from another user or pid
+  namespace, or to a kernel without CONFIG_PROC_EVENTS, "succeeds" and then nothing ever comes.
+- We ask for all kinds: `cn_msg.seq` counts every event of a CPU, also those that a mask keeps away, so only an unmasked
+  listener can tell a gap from a filter. The rare kinds cost nothing.
+- A full receive buffer gives one ENOBUFS, however many were dropped, and the socket works on. What was dropped is known
+  exactly, twice: by the gaps in seq, which also say where, once the next event of that CPU arrives; and by the drop
+  counter of SO_MEMINFO, which says so at once and thus finds a loss at the end of a burst.
+- Closing without IGNORE leaves the kernel's listener count raised for good.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+import time
+from typing import ClassVar
+
+from procwatch.errors import DecodeError, SourceUnavailable
+from procwatch.facts import Exec, Fact, Lost, Thread
+from procwatch.sources.base import SourceStats
+from procwatch.wire import cn_proc
+
+SO_RCVBUFFORCE = 33
+SO_MEMINFO = 55
+SK_MEMINFO_DROPS = 8
+ACK_TIMEOUT_S = 1.0
+# One read() hands over at most this many facts, so that a full 64 MiB buffer does not become one huge batch.
+BATCH = 8192
+# Inode numbers of the initial namespaces (include/linux/proc_ns.h).
+_INITIAL = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC}
+
+
+class ProcConnector:
+    """
+    Fork, exec and exit of every process, with the kernel's stamp, from the process connector.
+
+    Args:
+        buffer_bytes: Receive buffer. Beyond net.core.rmem_max only with CAP_NET_ADMIN, else as much as is allowed.
+        gather_s: How long to let messages gather when reading /proc promptly does not pay (see `delay_s`).
+    """
+
+    name: ClassVar[str] = "netlink"
+
+    def __init__(self, *, buffer_bytes: int = 64 << 20, gather_s: float = 0.01) -> None:
+        self._buffer_bytes = buffer_bytes
+        self._gather_s = gather_s
+        self._socket: socket.socket | None = None
+        self._next_seq: dict[int, int] = {}
+        self._last_ns: dict[int, int] = {}
+        self._early: list[bytes] = []
+        self._accounted = 0  # losses already told
+        self._credit = 0  # of these, told by the drop counter and still to be seen as gaps
+        self._drops_at_open = 0
+        self._overrun = False
+        self._facts = self._wakeups = self._undecoded = 0
+        self._pace = Pace()
+
+    def probe(self) -> SourceUnavailable | None:
+        """
+        Open and close: only the acknowledgement proves that the kernel will send.
+        """
+        other = ProcConnector(buffer_bytes=4096)
+        try:
+            other.open()
+        except SourceUnavailable as error:
+            return error
+        other.close()
+        return None
+
+    def open(self) -> None:
+        """
+        Begin to listen.
+
+        Raises:
+            SourceUnavailable: No such protocol, a namespace that gets no events, or no permission.
+        """
+        try:
+            kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+            self._socket = socket.socket(socket.AF_NETLINK, kind, cn_proc.NETLINK_CONNECTOR)
+        except OSError as error:
+            raise self._unavailable(error) from error
+        try:
+            self._set_buffer()
+            self._socket.bind((0, cn_proc.CN_IDX_PROC))
+            self._socket.send(cn_proc.request(cn_proc.PROC_CN_MCAST_LISTEN))
+            self._await_acknowledgement()
+        except OSError as error:
+            self.close()
+            raise self._unavailable(error) from error
+        except SourceUnavailable:
+            self.close()
+            raise
+        self._drops_at_open = self._drops()
+
+    def _set_buffer(self) -> None:
+        assert self._socket is not None
+        size = min(self._buffer_bytes, 0x3FFFFFFF)  # the kernel doubles it, in an int
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+        except PermissionError:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+    def _await_acknowledgement(self) -> None:
+        """
+        Wait for PROC_EVENT_NONE; events of other listeners' making may come first, and are kept.
+        """
+        assert self._socket is not None
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        deadline = time.monotonic() + ACK_TIMEOUT_S
+        while (left := deadline - time.monotonic()) > 0 and poll.poll(left * 1000):
+            try:
+                data = self._socket.recv(65536)
+                messages = cn_proc.decode(data)
+            except BlockingIOError:
+                continue
+            except DecodeError:
+                self._undecoded += 1
+                continue
+            for message in messages:
+                if message.ack is not None:
+                    if message.ack:
+                        raise OSError(message.ack, os.strerror(message.ack))
+                    return
+            self._early.append(data)
+        raise self._silent()
+
+    def _silent(self) -> SourceUnavailable:
+        for kind, initial in _INITIAL.items():
+            try:
+                inode = os.stat(f"/proc/self/ns/{kind}").st_ino
+            except OSError:
+                continue
+            if inode != initial:
+                return SourceUnavailable(
+                    self.name,
+                    f"the kernel sends process events only to the initial {kind} namespace, and this is another",
+                    f"run on the host itself, or give the container the host's {kind} namespace",
+                )
+        return SourceUnavailable(
+            self.name, "the kernel did not answer", "needs a kernel built with CONFIG_PROC_EVENTS=y"
+        )
+
+    def _unavailable(self, error: OSError) -> SourceUnavailable:
+        if error.errno in (errno.EPERM, errno.EACCES):
+            return SourceUnavailable(
+                self.name, "needs CAP_NET_ADMIN", "run as root, or on Linux 6.6 or newer as any user"
+            )
+        if error.errno == errno.ECONNREFUSED:
+            return SourceUnavailable(
+                self.name,
+                "no process connector in this network namespace",
+                "run in the host's network namespace, on a kernel with CONFIG_CONNECTOR=y and CONFIG_PROC_EVENTS=y",
+            )
+        if error.errno in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT):
+            return SourceUnavailable(
+                self.name, "the kernel has no process connector", "needs CONFIG_CONNECTOR=y and CONFIG_PROC_EVENTS=y"
+            )
+        return SourceUnavailable(self.name, os.strerror(error.errno or 0), "")
+
+    def fileno(self) -> int | None:
+        """
+        The socket.
+        """
+        return None if self._socket is None else self._socket.fileno()
+
+    def delay_s(self) -> float:
+        """
+        0 while /proc can still be read after an event; else the gathering time, because wake-ups are the cost.
+        """
+        return self._gather_s if self._pace.too_short else 0.0
+
+    def read(self) -> list[Fact]:
+        """
+        What the socket holds, at most BATCH messages.
+        """
+        if self._socket is None:
+            return []
+        offset = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        facts: list[Fact] = []
+        receive = self._socket.recv
+        for data in self._early:
+            self._take(data, offset, facts)
+        self._early.clear()
+        for _ in range(BATCH):
+            try:
+                data = receive(4096)
+            except BlockingIOError:
+                if self._overrun:
+                    self._overrun = False
+                    self._tail(facts)
+                break
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self._overrun = True
+                continue
+            self._take(data, offset, facts)
+        if facts:
+            self._wakeups += 1
+            self._facts += len(facts)
+            facts.sort(key=_time)  # two CPUs stamp before they queue
+            self._pace.learn(facts)
+        return facts
+
+    def _take(self, data: bytes, offset: int, facts: list[Fact]) -> None:
+        try:
+            messages = cn_proc.decode(data, offset)
+        except DecodeError:
+            self._undecoded += 1
+            return
+        for message in messages:
+            if message.ack is not None:  # of another listener; carries no number of a CPU
+                continue
+            cpu, seq = message.cpu, message.seq
+            expected = self._next_seq.get(cpu, seq)
+            if seq != expected:
+                self._gap(cpu, (seq - expected) & 0xFFFFFFFF, message.time_ns, facts)
+            self._next_seq[cpu] = (seq + 1) & 0xFFFFFFFF
+            self._last_ns[cpu] = message.time_ns
+            if message.fact is not None:
+                facts.append(message.fact)
+
+    def _gap(self, cpu: int, count: int, until_ns: int, facts: list[Fact]) -> None:
+        """
+        Tell a gap in one CPU's numbers, less what the drop counter had told of it before.
+        """
+        if count > 0x7FFFFFFF:  # went backwards: two events of one CPU were queued in the other order
+            return
+        told = min(count, self._credit)
+        self._credit -= told
+        if count > told:
+            self._lost(count - told, self._last_ns[cpu], until_ns, facts)
+
+    def _tail(self, facts: list[Fact]) -> None:
+        """
+        After an overrun, with the socket drained: tell what was dropped and has not shown as a gap yet.
+        """
+        count = self._drops() - self._drops_at_open - self._accounted
+        if count > 0:
+            self._credit += count
+            now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            self._lost(count, max(self._last_ns.values(), default=now), now, facts)
+
+    def _lost(self, count: int, since_ns: int, until_ns: int, facts: list[Fact]) -> None:
+        self._accounted += count
+        facts.append(Lost(until_ns, 0, "netlink_socket", count, True, since_ns, until_ns))
+
+    def _drops(self) -> int:
+        """
+        Messages that the socket had no room for (sk_drops); SO_MEMINFO is Linux 4.12.
+        """
+        assert self._socket is not None
+        info = self._socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)
+        return int(struct.unpack_from("=9I", info)[SK_MEMINFO_DROPS])
+
+    def stats(self) -> SourceStats:
+        """
+        Counters so far.
+        """
+        return SourceStats(self._facts, self._wakeups, self._accounted, self._undecoded)
+
+    def close(self) -> None:
+        """
+        Tell the kernel to stop, and close.
+        """
+        if self._socket is None:
+            return
+        try:
+            self._socket.send(cn_proc.request(cn_proc.PROC_CN_MCAST_IGNORE))
+        except OSError:
+            pass
+        self._socket.close()
+        self._socket = None
+
+
+class Pace:
+    """
+    Whether processes live long enough for a prompt look at /proc to find them.
+
+    A wake-up for each event costs more than all the rest, and only pays while the process is still there. From the
+    kernel's own stamps we know how long the last ones lived after their exec; when nearly all are gone before we could
+    be scheduled and have read four files, it is better to let events gather.
+    """
+
+    SHORT_NS = 200_000  # /bin/true lives 350 µs after its exec and is caught half of the time; a static binary 80 µs
+
+    def __init__(self) -> None:
+        self._execs: dict[int, int] = {}
+        self._short = 0.0
+
+    @property
+    def too_short(self) -> bool:
+        return self._short > 0.8
+
+    def learn(self, facts: list[Fact]) -> None:
+        execs = self._execs
+        for fact in facts:
+            if type(fact) is Exec:
+                execs[fact.pid] = fact.time_ns
+            elif type(fact) is Thread and not fact.born and (born := execs.pop(fact.pid, 0)):
+                self._short += ((fact.time_ns - born < self.SHORT_NS) - self._short) / 64
+        if len(execs) > 4096:  # the living are of no interest for long
+            execs.clear()
+
+
+def _time(fact: Fact) -> int:
+    return fact.time_ns
