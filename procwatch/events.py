@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 from datetime import datetime
+from signal import Signals
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from msgspec import Struct
@@ -124,7 +125,7 @@ class ProcessEvent(Event, frozen=True, kw_only=True, omit_defaults=True):
     missing: dict[str, str]
     inferred: list[str]
     # extras
-    unit_user: str | None = None  # owner of a user unit
+    unit_user: int | None = None  # uid of the owner of a user unit
     ancestors: list[Parent] | None = None
     exe_dev: int | None = None
     exe_inode: int | None = None
@@ -148,8 +149,6 @@ class ProcessEvent(Event, frozen=True, kw_only=True, omit_defaults=True):
         """
         import psutil
 
-        from procwatch.table.identity import CLOCK_TICKS
-
         try:
             process = psutil.Process(self.pid)
             # psutil gives the start in seconds since 1970; only the tick is free of clock changes.
@@ -157,7 +156,6 @@ class ProcessEvent(Event, frozen=True, kw_only=True, omit_defaults=True):
                 ticks = stat.read().rpartition(b")")[2].split()[19]
         except (psutil.Error, OSError, IndexError):
             return None
-        assert CLOCK_TICKS > 0
         return process if int(ticks) == int(self.id.rpartition("-")[2]) else None
 
 
@@ -167,6 +165,7 @@ class Exec(ProcessEvent, frozen=True, kw_only=True, tag="exec", omit_defaults=Tr
     """
 
     event: ClassVar[str] = "exec"
+    forked: bool | None = None  # True: this line tells the birth of the process, too
 
 
 class Fork(ProcessEvent, frozen=True, kw_only=True, tag="fork", omit_defaults=True):
@@ -193,15 +192,27 @@ class Exit(ProcessEvent, frozen=True, kw_only=True, tag="exit", omit_defaults=Tr
 
     event: ClassVar[str] = "exit"
     code: int | None
-    signal: str | None  # "SIGSEGV"
+    signal: int | None  # that killed it; `code` is None then
     core_dumped: bool | None
     duration_ns: int | None  # since it was born
     cpu_user_ns: int | None
     cpu_system_ns: int | None
     max_rss_bytes: int | None
     # extras
-    io_read_bytes: int | None = None
-    io_write_bytes: int | None = None
+    io_read_bytes: int | None = None  # from storage
+    io_write_bytes: int | None = None  # to storage
+
+    @property
+    def signal_name(self) -> str | None:
+        """
+        `signal` by its name, as "SIGSEGV".
+        """
+        if self.signal is None:
+            return None
+        try:
+            return Signals(self.signal).name
+        except ValueError:  # a real-time signal between SIGRTMIN and SIGRTMAX
+            return f"SIG{self.signal}"
 
 
 class Vanished(ProcessEvent, frozen=True, kw_only=True, tag="vanished", omit_defaults=True):
@@ -347,7 +358,7 @@ KINDS: tuple[str, ...] = (
     "exec", "fork", "exit", "running", "vanished", "comm", "uid", "gid", "sid", "ptrace", "coredump",
     "exec_failed", "container",
 )  # fmt: skip
-DEFAULT_KINDS: tuple[str, ...] = ("exec", "fork", "exit", "vanished", "container")
+DEFAULT_KINDS: tuple[str, ...] = ("exec", "fork", "exit", "running", "vanished", "container")
 
 
 def raw_of(value: Struct) -> dict[str, Any]:

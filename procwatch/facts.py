@@ -172,8 +172,9 @@ class Opened(Fact, gc=False):
     inode: int = 0
     size: int = 0
     kind: str = ""  # "elf" (static or dynamic), "script", "other": by its first bytes
-    interpreter: str | None = None  # PT_INTERP of an ELF file
+    interpreter: str | None = None  # PT_INTERP of an ELF file, or the path on the `#!` line
     held: Details | None = None  # what was read while the kernel held the exec (hold mode)
+    over: bool = False  # a file of an overlay: the open before it was of the layer's file, and is not an exec's own
 
 
 class Accounted(Fact, gc=False):
@@ -190,6 +191,7 @@ class Accounted(Fact, gc=False):
     exe_inode: int | None = None
     status: int | None = None
     start_ns: int | None = None  # start, CLOCK_BOOTTIME, as exact as the record allows
+    elapsed_ns: int | None = None  # from its start to its end, to the microsecond; does not count suspend
 
 
 class Lost(Fact, gc=False):

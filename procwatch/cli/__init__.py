@@ -1,0 +1,56 @@
+"""
+The command line. One module a command; this one turns errors into one line and an exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from procwatch import __version__
+from procwatch.cli.ps import ps
+from procwatch.cli.watch import watch
+from procwatch.errors import ConfigError, ProcwatchError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="procwatch")
+def cli() -> None:
+    """
+    See every process that runs on this host, even one that lives 150 µs.
+    """
+
+
+cli.add_command(watch)
+cli.add_command(ps)
+
+
+def main() -> None:
+    """
+    Run the command line: exit code 0, 1 when it cannot work here, 2 when asked for something impossible.
+    """
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        hint = ""
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            hint = f" (see {error.ctx.command_path} --help)"
+        _fail(error.format_message().replace("\n", " ") + hint, 2)
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except ProcwatchError as error:
+        _fail(str(error), 1)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader is gone, which is its right; nothing more may be written, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"procwatch: {message}\n")
+    sys.exit(code)

@@ -1,0 +1,59 @@
+"""
+Where lines go, and in which form: shared by the commands that print events.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from procwatch.errors import ConfigError
+from procwatch.events import Event
+
+FORMATS = ("auto", "json", "console")
+Encode = Callable[[Event, bytearray], None]
+
+format_option: Callable[[Any], Any] = click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    default="auto",
+    show_default=True,
+    help="console on a terminal and JSON otherwise, or one of them.",
+)
+
+
+def encoder(form: str, fd: int, *, indent: bool = False) -> Encode:
+    """
+    The writer of one format; `auto` asks the descriptor.
+    """
+    terminal = os.isatty(fd)
+    if form == "json" or (form == "auto" and not terminal):
+        from procwatch.formats import native
+
+        return native.encode_into
+    from procwatch.formats.console import Console
+
+    return Console(colour=terminal and not os.environ.get("NO_COLOR"), indent=indent).encode_into
+
+
+def open_output(path: str | None) -> int:
+    """
+    The descriptor to write to: standard output, or a file that is appended to, made with mode 0640.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    if path is None or path == "-":
+        try:
+            return sys.stdout.fileno()
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError("standard output is closed: give --output FILE") from error
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {path}: {os.strerror(error.errno or 0)}") from error

@@ -1,0 +1,108 @@
+"""
+`procwatch watch`: every process as it starts and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from procwatch.cli.output import encoder, format_option, open_output
+from procwatch.errors import ProcwatchError
+from procwatch.events import DEFAULT_KINDS, KINDS
+from procwatch.sinks.stream import StreamSink
+from procwatch.sources.select import BACKENDS, OPTIONAL
+from procwatch.watcher import Watcher
+
+
+@click.command()
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="How to watch.")
+@format_option
+@click.option(
+    "--events",
+    default=",".join(DEFAULT_KINDS),
+    show_default=True,
+    metavar="KIND,...",
+    help=f"Which events: {', '.join(KINDS)}. ready, lost and stop always come.",
+)
+@click.option("--initial", is_flag=True, help="Begin with the processes that run already.")
+@click.option("--output", metavar="FILE", help="Append to FILE instead of standard output.")
+@click.option("--buffer", metavar="SIZE", help="Kernel buffer of each source, such as 1MiB.  [default: 64MiB netlink]")
+@click.option("--for", "for_s", type=float, metavar="SECONDS", help="Stop after so long.")
+@click.option("--count", type=int, metavar="N", help="Stop after N events of processes.")
+@click.option(
+    "--latency-ms", type=float, default=20, show_default=True, metavar="N", help="How long lines may gather under load."
+)
+@click.option(
+    "--fork-hold-ms",
+    type=float,
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="How long a fork waits for its exec, to be one line with it; 0: always two lines.",
+)
+@click.option("--without", default="", metavar="SOURCE,...", help=f"Leave sources out: {', '.join(OPTIONAL) or '-'}.")
+@click.option("--ancestors", type=int, default=0, show_default=True, metavar="N", help="Add up to N ancestors.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="warning",
+    show_default=True,
+    help="The agent's own diagnostics, on standard error.",
+)
+@click.option("--log-format", type=click.Choice(["console", "json"]), default="console", show_default=True)
+def watch(form: str, output: str | None, without: str, log_level: str, log_format: str, **options: Any) -> None:
+    """
+    Print every process of this host as it starts and ends.
+    """
+    from procwatch.cli import log
+
+    logger = log.configure(log_level, log_format)
+    watcher = Watcher(without=[name for name in without.split(",") if name], **options)
+    fd = open_output(output)
+    try:
+        asyncio.run(_watch(watcher, fd, form, options["latency_ms"] / 1000, logger))
+    finally:
+        if fd != sys.stdout.fileno():
+            os.close(fd)
+
+
+async def _watch(watcher: Watcher, fd: int, form: str, latency_s: float, logger: Any) -> None:
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    failures: list[OSError] = []
+
+    def broken(error: OSError) -> None:
+        failures.append(error)
+        ended.set()
+
+    sink = StreamSink(fd, encoder(form, fd), loop, latency_s=latency_s, on_closed=ended.set, on_error=broken)
+    watcher.add_sink(sink)
+    watcher.on_end(ended.set)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, _stop, watcher, loop)
+    async with watcher:
+        ready = watcher.ready
+        logger.info("ready", backend=ready.backend, sources=ready.sources)
+        for skipped in ready.skipped:
+            logger.info("skipped", name=skipped.name, reason=skipped.reason, remedy=skipped.remedy)
+        await ended.wait()
+    sink.finish()
+    watcher.raise_failure()
+    if failures:
+        raise ProcwatchError(f"cannot write: {os.strerror(failures[0].errno or 0)}")
+
+
+def _stop(watcher: Watcher, loop: asyncio.AbstractEventLoop) -> None:
+    """
+    The first signal: take what the kernel has queued and end. From now on a signal ends at once.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
+    watcher.stop()

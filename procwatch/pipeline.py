@@ -1,0 +1,254 @@
+"""
+One turn of the machine: read the sources, look at /proc, join, give out events. No event loop, no waiting.
+
+    facts of the lead source  ─┐
+    details from /proc         ├─> table ─> events
+    facts of the other sources ─┘
+
+The order within a turn matters. The lead (netlink) is drained first and /proc read at once, while the processes are
+there; then the others, so that each exec and exit of the batch finds their facts: the kernel queues the opens of an
+exec, and the account of an exit, before it tells netlink.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable, Collection
+
+from msgspec import Struct
+
+from procwatch import __version__
+from procwatch.clock import Clock
+from procwatch.events import DEFAULT_KINDS, Event, Lost, Ready, Skipped, Stop
+from procwatch.facts import REPLACED, Details, Exec, Fact, Thread
+from procwatch.sources import procfs
+from procwatch.sources.base import Source, SourceStats
+from procwatch.table.table import HOLD_NS, Names, Table
+
+_UNLIMITED = (Ready, Lost, Stop)
+_REPLACED = {"exe": REPLACED, "argv": REPLACED, "comm": REPLACED, "file": REPLACED}
+# Drains of the lead within one turn. Each drain catches what happened while /proc was read.
+ROUNDS = 8
+# A look through all of /proc after a loss costs 50 µs a process: at most once in this time.
+RESYNC_EVERY_NS = 1_000_000_000
+NEVER_NS = 1 << 63
+
+
+class Stats(Struct, frozen=True):
+    """
+    What `stats()` tells, since the start.
+    """
+
+    events: dict[str, int]
+    lost: int
+    processes: int
+    sources: dict[str, SourceStats]
+    proc_reads: int  # looks at /proc/PID after an exec
+    proc_hits: int  # of these, the process was still there
+
+
+class Pipeline:
+    """
+    Sources, table and names of one watcher, driven by `turn()`.
+
+    Args:
+        backend: The rung that was chosen.
+        sources: Opened sources, the lead first.
+        skipped: What does not run, and why.
+        kinds: The kinds of events wanted.
+        hold_ns: See Table.
+        names: See Table.
+        ancestors: See Table.
+        limit: Show so many events of processes, then set `finished`.
+        look: Reads one process from /proc.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        sources: list[Source],
+        skipped: list[Skipped],
+        *,
+        kinds: Collection[str] = DEFAULT_KINDS,
+        hold_ns: int = HOLD_NS,
+        names: Names | None = None,
+        ancestors: int = 0,
+        limit: int | None = None,
+        look: Callable[[int], Details] = procfs.read,
+    ) -> None:
+        self.sources = sources
+        self.clock = Clock()
+        self.started_ns = self.clock.now_ns()
+        self._cpu_ns = time.process_time_ns()
+        self._host = socket.gethostname()
+        boot = procfs.boot_id()
+        reads_proc = any(source.name == "netlink" for source in sources)
+        self._look = look if reads_proc else None
+        self.table = Table(
+            boot=boot.replace("-", "")[:8],
+            host=self._host,
+            clock=self.clock,
+            kinds=kinds,
+            hold_ns=hold_ns,
+            names=names,
+            look=look if reads_proc else None,
+            ancestors=ancestors,
+        )
+        self.ready = Ready(
+            time=self.clock.stamp(self.started_ns),
+            host=self._host,
+            boot_id=boot,
+            version=__version__,
+            backend=backend,
+            sources=[source.name for source in sources],
+            skipped=skipped,
+            kernel=os.uname().release,
+        )
+        self.finished = False
+        self._limit = limit
+        self._counts: dict[str, int] = {}
+        self._lost = 0
+        self._proc_reads = self._proc_hits = 0
+        self._resync_ns = NEVER_NS
+        self._resynced_ns = 0
+        self._read_until_ns = NEVER_NS
+
+    def start(self, *, initial: bool = False) -> list[Event]:
+        """
+        `ready`, then what is alive if `initial`; the sources are open already, so nothing falls between.
+        """
+        self.table.emit(self.ready)
+        self.table.snapshot(procfs.snapshot(), self.started_ns, tell=initial)
+        return self._count(self.table.flush(self.clock.now_ns()))
+
+    def turn(self) -> list[Event]:
+        """
+        Take what the kernel has now, and give the events that are decided.
+        """
+        table = self.table
+        facts = self._read_lead()
+        self._read_until_ns = facts[-1].time_ns if facts else NEVER_NS
+        for source in self.sources[1:]:
+            table.apply(source.read())
+        table.apply(facts)
+        now = self.clock.now_ns()
+        if table.lost != self._lost:
+            self._lost = table.lost
+            self._resync_ns = min(self._resync_ns, max(now, self._resynced_ns + RESYNC_EVERY_NS))
+        if now >= self._resync_ns:
+            self._resync_ns, self._resynced_ns = NEVER_NS, now
+            table.resync(procfs.snapshot(), now)
+        return self._count(table.flush(now))
+
+    def deadline_ns(self) -> int | None:
+        """
+        When `turn()` has something to do though no source has anything, CLOCK_BOOTTIME, or None.
+        """
+        when = self.table.deadline_ns()
+        return self._resync_ns if self._resync_ns != NEVER_NS and (when is None or self._resync_ns < when) else when
+
+    def stop(self) -> list[Event]:
+        """
+        What the kernel still holds, what was undecided, and `stop`.
+        """
+        until = self.clock.now_ns()
+        last = self.turn()
+        while self._read_until_ns <= until and not self.finished:
+            last += self.turn()
+        last += self._count(self.table.drain())
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        now = self.clock.now_ns()
+        last.append(
+            Stop(
+                time=self.clock.stamp(now),
+                host=self._host,
+                counts={kind: n for kind, n in self._counts.items() if kind != "ready"},
+                lost=self._lost,
+                duration_ns=now - self.started_ns,
+                cpu_ns=time.process_time_ns() - self._cpu_ns,
+                max_rss_bytes=usage.ru_maxrss * 1024,
+            )
+        )
+        return last
+
+    def stats(self) -> Stats:
+        """
+        Counters so far.
+        """
+        return Stats(
+            events=dict(self._counts),
+            lost=self._lost,
+            processes=len(self.table.processes),
+            sources={source.name: source.stats() for source in self.sources},
+            proc_reads=self._proc_reads,
+            proc_hits=self._proc_hits,
+        )
+
+    def close(self) -> None:
+        """
+        Close all sources.
+        """
+        for source in self.sources:
+            source.close()
+
+    def _read_lead(self) -> list[Fact]:
+        lead = self.sources[0]
+        facts = lead.read()
+        if self._look is not None:
+            latest: dict[int, Exec] = {}
+            fresh = facts
+            for _ in range(ROUNDS):
+                if not self._complete(fresh, latest, self._look):
+                    break
+                fresh = lead.read()  # what happened meanwhile: it may prove a reading wrong
+                facts += fresh
+        return facts
+
+    def _complete(self, fresh: list[Fact], latest: dict[int, Exec], look: Callable[[int], Details]) -> bool:
+        """
+        Read /proc for the execs that netlink told of, where it can still tell.
+
+        An exec that was followed by another one, or by the end, is not looked at: what /proc shows is not its. One that
+        was read while a later exec had already happened loses what was read.
+
+        Args:
+            fresh: The facts to complete.
+            latest: The last exec of each pid in this turn.
+            look: Reads a process.
+
+        Returns:
+            Whether anything was read, so that time has passed.
+        """
+        alive: dict[int, Exec] = {}
+        for fact in fresh:
+            if type(fact) is Exec:
+                before = latest.get(fact.pid)
+                if before is not None and (before.details is None or fact.time_ns <= before.read_ns):
+                    before.details = Details(missing=_REPLACED)
+                latest[fact.pid] = alive[fact.pid] = fact
+            elif type(fact) is Thread and fact.tid == fact.pid and not fact.born:
+                latest.pop(fact.pid, None)
+                alive.pop(fact.pid, None)
+        for pid, fact in alive.items():
+            fact.details = look(pid)
+            fact.read_ns = self.clock.now_ns()
+            self._proc_hits += fact.details.exe is not None
+        self._proc_reads += len(alive)
+        return bool(alive)
+
+    def _count(self, events: list[Event]) -> list[Event]:
+        """
+        Count what is shown, and stop showing at the limit.
+        """
+        counts = self._counts
+        for at, event in enumerate(events):
+            if self.finished:
+                return events[:at]
+            counts[event.event] = counts.get(event.event, 0) + 1
+            if self._limit is not None and type(event) not in _UNLIMITED:
+                self._limit -= 1
+                self.finished = self._limit <= 0
+        return events

@@ -1,0 +1,156 @@
+"""
+Write to a descriptor that somebody else may be slow to read: standard output, or a file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import select
+import stat
+from collections.abc import Callable
+
+from procwatch.events import Event, Lost
+
+MAX_PENDING = 64 << 20
+# poll(2) says that a pipe is writable when one page of it is free; that much never blocks.
+PIPE_CHUNK = 4096
+
+
+class StreamSink:
+    """
+    Gathers lines and writes them in batches, without ever blocking the loop on a full pipe.
+
+    What cannot be written waits, at most MAX_PENDING bytes; beyond that whole events are dropped and counted, and a
+    `lost` event with `where="sink"` stands in their place. We must not set O_NONBLOCK on the descriptor: it would hold
+    for everyone who shares it, the user's shell too.
+
+    Args:
+        fd: Where to write; not closed here.
+        encode_into: Appends an event to a buffer, as text.
+        loop: For timers and for waiting until a pipe can be written.
+        latency_s: How long lines may gather under load.
+        on_closed: Called once when the reader is gone (EPIPE).
+        on_error: Called with any other failure to write.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        encode_into: Callable[[Event, bytearray], None],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        latency_s: float,
+        on_closed: Callable[[], None],
+        on_error: Callable[[OSError], None],
+    ) -> None:
+        self._fd = fd
+        self._encode_into = encode_into
+        self._loop = loop
+        self._latency_s = latency_s
+        self._on_closed = on_closed
+        self._on_error = on_error
+        self._buffer = bytearray()
+        self._file = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._last = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiting = False
+        self._broken = False
+        self._dropped: Lost | None = None
+        self.lost = 0
+
+    def __call__(self, batch: list[Event]) -> None:
+        """
+        Take a batch; it is on its way at once when the line was quiet, else within the latency.
+        """
+        if self._broken:
+            return
+        buffer = self._buffer
+        for event in batch:
+            if len(buffer) > MAX_PENDING:
+                self._drop(event)
+                continue
+            if self._dropped is not None:
+                self._encode_into(self._dropped, buffer)
+                self._dropped = None
+            self._encode_into(event, buffer)
+        if self._waiting or self._timer is not None:
+            return
+        wait = self._last + self._latency_s - self._loop.time()
+        if wait > 0 and len(buffer) < 1 << 16:
+            self._timer = self._loop.call_later(wait, self.flush)
+        else:
+            self.flush()
+
+    def flush(self) -> None:
+        """
+        Write what can be written now.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._last = self._loop.time()
+        self._write()
+        waiting = bool(self._buffer) and not self._broken
+        if waiting != self._waiting:
+            self._waiting = waiting
+            if waiting:
+                self._loop.add_writer(self._fd, self.flush)
+            else:
+                self._loop.remove_writer(self._fd)
+
+    def finish(self) -> None:
+        """
+        Write all that is left, waiting for the reader; for the end.
+        """
+        if self._waiting:
+            self._loop.remove_writer(self._fd)
+            self._waiting = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._buffer and not self._broken:
+            self._write()
+            if self._buffer and not self._broken:
+                select.select([], [self._fd], [])
+
+    def _write(self) -> None:
+        buffer = self._buffer
+        done = 0
+        try:
+            with memoryview(buffer) as view:
+                while done < len(view):
+                    if self._file:
+                        done += os.write(self._fd, view[done:])
+                    elif self._writable():
+                        done += os.write(self._fd, view[done : done + PIPE_CHUNK])
+                    else:
+                        break
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._broken = True
+            if error.errno == errno.EPIPE:
+                self._on_closed()
+            else:
+                self._on_error(error)
+        del buffer[:done]
+
+    def _writable(self) -> bool:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return bool(poll.poll(0))
+
+    def _drop(self, event: Event) -> None:
+        self.lost += 1
+        first = self._dropped
+        self._dropped = Lost(
+            time=event.time,
+            host=event.host,
+            count=1 + (first.count if first is not None else 0),
+            exact=True,
+            where="sink",
+            since=first.since if first is not None else event.time,
+            until=event.time,
+        )

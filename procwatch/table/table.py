@@ -1,0 +1,636 @@
+"""
+The table of live processes: facts in, events out. Synchronous, no I/O, no clock.
+
+What becomes of facts, by example (f fork, x exec, e exit of one process; "hold" is `hold_ns`):
+
+    f x e               [exec (forked), exit]    the exec tells the fork
+    f e                 [fork, exit]
+    f, hold over        [fork]
+    f x x e             [exec (forked), exec, exit]
+    x (pid unknown)     [exec]                   its fork was lost; the parent is what /proc says
+    f f (same pid)      [vanished, ...]          the first one's exit was lost
+    e (pid unknown)     [exit]                   with what the fact itself says, the rest missing: lost
+
+Events leave in the order of the kernel's time. A held fork therefore holds back what came after it, at most for
+`hold_ns`: it is decided by its exec, its exit, or the end of the hold. One fact costs O(1).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from errno import errorcode
+from itertools import islice
+from typing import Any, Protocol
+
+from msgspec.structs import replace
+
+from procwatch import events
+from procwatch.clock import Clock
+from procwatch.events import Container, Event, ProcessEvent
+from procwatch.facts import (
+    EXITED,
+    LOST,
+    NOT_REPORTED,
+    Accounted,
+    Alive,
+    Changed,
+    Details,
+    Exec,
+    ExecFailed,
+    Exit,
+    Fact,
+    Fork,
+    Gone,
+    Lost,
+    Opened,
+    Thread,
+    Usage,
+)
+from procwatch.table.identity import NS_PER_TICK, process_id, ticks
+from procwatch.table.process import AT_EXEC, AT_FORK, Process, as_inferred, changed, inherit
+
+KTHREADD = 2
+HOLD_NS = 100_000_000
+# Events held back behind an undecided fork; beyond it forks are decided early.
+MAX_HELD_EVENTS = 65_536
+MAX_ACCOUNTS = 16_384
+_UNREAD = {"exe": EXITED, "argv": EXITED, "comm": EXITED, "file": EXITED}
+_NO_USAGE = Usage()
+_NOBODY = Details(missing=dict.fromkeys(AT_FORK, LOST))
+
+
+class Names(Protocol):
+    """
+    What the table asks of the enrich stage; each answer is a dictionary's, never waits.
+    """
+
+    def user(self, uid: int | None) -> str | None:
+        """
+        The name of a user of this host.
+        """
+
+    def place(self, cgroup: str | None) -> tuple[Container | None, str | None, int | None]:
+        """
+        Container, systemd unit, and the owner of a user unit, of a cgroup path.
+        """
+
+
+class NoNames:
+    """
+    For who wants none, and for tests.
+    """
+
+    def user(self, uid: int | None) -> str | None:
+        """
+        Nobody.
+        """
+        return None
+
+    def place(self, cgroup: str | None) -> tuple[Container | None, str | None, int | None]:
+        """
+        Nowhere.
+        """
+        return None, None, None
+
+
+class _Held:
+    """
+    The place of a fork in the output, while it is not decided.
+    """
+
+    __slots__ = ("deadline_ns", "event", "pending", "process")
+
+    def __init__(self, process: Process, deadline_ns: int) -> None:
+        self.process = process
+        self.deadline_ns = deadline_ns
+        self.pending = True
+        self.event: Event | None = None
+
+
+class Table:
+    """
+    Joins facts into events and keeps who is alive.
+
+    Args:
+        boot: First 8 hex digits of the boot id.
+        host: Name for the events.
+        clock: Writes times.
+        kinds: The kinds of events to make; others cost nothing.
+        hold_ns: How long a fork may wait for its exec; 0 tells each fork at once.
+        names: Users and containers.
+        look: Reads a live process, for a fork that is not followed by an exec; None: never look.
+        ancestors: How many `ancestors` an event carries; 0: none.
+    """
+
+    def __init__(
+        self,
+        *,
+        boot: str,
+        host: str,
+        clock: Clock,
+        kinds: Collection[str] = events.DEFAULT_KINDS,
+        hold_ns: int = HOLD_NS,
+        names: Names | None = None,
+        look: Callable[[int], Details] | None = None,
+        ancestors: int = 0,
+    ) -> None:
+        self.processes: dict[int, Process] = {}
+        self.lost = 0
+        self.started_ns = 0
+        self._boot = boot
+        self._host = host
+        self._stamp = clock.stamp
+        self._kinds = frozenset(kinds)
+        self._hold_ns = hold_ns if {"fork", "exec"} <= self._kinds else 0
+        self._names = names or NoNames()
+        self._look = look
+        self._ancestors = ancestors
+        self._out: deque[Event | _Held] = deque()
+        self._accounts: dict[int, Accounted] = {}
+        self._doubtful: dict[int, int] = {}  # leader dead, other threads believed alive: pid -> when to look
+        self._apply: dict[type[Fact], Callable[[Any], None]] = {
+            Fork: self._on_fork,
+            Exec: self._on_exec,
+            Exit: self._on_exit,
+            Thread: self._on_thread,
+            Changed: self._on_changed,
+            ExecFailed: self._on_exec_failed,
+            Alive: self._on_alive,
+            Gone: self._on_gone,
+            Opened: self._on_opened,
+            Accounted: self._on_accounted,
+            Lost: self._on_lost,
+        }
+
+    # What goes in and out
+
+    def apply(self, facts: Iterable[Fact]) -> None:
+        """
+        Take facts in the order of their time.
+        """
+        apply = self._apply
+        for fact in facts:
+            apply[type(fact)](fact)
+
+    def flush(self, now_ns: int) -> list[Event]:
+        """
+        The events that are decided by now, in order.
+        """
+        out = self._out
+        if self._doubtful:
+            self._settle_doubts(now_ns)
+        ready: list[Event] = []
+        while out:
+            head = out[0]
+            if type(head) is _Held:
+                if head.pending:
+                    if head.deadline_ns > now_ns and len(out) < MAX_HELD_EVENTS:
+                        break
+                    self._decide(head, look=True)
+                if head.event is not None:
+                    ready.append(head.event)
+            else:
+                ready.append(head)  # type: ignore[arg-type]
+            out.popleft()
+        return ready
+
+    def deadline_ns(self) -> int | None:
+        """
+        When `flush()` will have something though no fact comes, or None.
+        """
+        head = self._out[0] if self._out else None
+        times = [head.deadline_ns] if type(head) is _Held else []
+        if self._doubtful:
+            times.append(next(iter(self._doubtful.values())))
+        return min(times, default=None)
+
+    def drain(self) -> list[Event]:
+        """
+        All that is left, decided or not: for the end.
+        """
+        for item in self._out:
+            if type(item) is _Held and item.pending:
+                self._decide(item, look=False)
+        return self.flush(0)
+
+    def emit(self, event: Event) -> None:
+        """
+        Put an event that is not made from facts into the output.
+        """
+        self._out.append(event)
+
+    def snapshot(self, alive: Iterable[Alive], started_ns: int, *, tell: bool) -> None:
+        """
+        Take the processes that live at the start; `tell` makes `running` events of them.
+        """
+        self.started_ns = started_ns
+        facts = list(alive)
+        for fact in facts:
+            self._adopt(fact)
+        for fact in facts:  # parents may have higher pids than their children
+            process = self.processes[fact.pid]
+            process.parent = self.processes.get(fact.details.ppid or 0)
+            if tell:
+                self._tell(events.Running, process, started_ns, via="snapshot")
+
+    def resync(self, alive: Iterable[Alive], now_ns: int) -> None:
+        """
+        Put the table right after a loss: `vanished` for those gone unseen, `running` for those born unseen.
+        """
+        seen = {fact.pid: fact for fact in alive}
+        for pid, process in list(self.processes.items()):
+            fact = seen.get(pid)
+            if (fact is None or not _same(process, fact.details)) and process.born_ns <= now_ns:
+                self._vanish(process, now_ns)
+        for pid, fact in seen.items():
+            if pid not in self.processes:
+                process = self._adopt(fact)
+                process.parent = self.processes.get(fact.details.ppid or 0)
+                self._tell(events.Running, process, now_ns, via="resync")
+
+    # One method for each kind of fact
+
+    def _on_fork(self, fact: Fork) -> None:
+        pid = fact.pid
+        known = self.processes.get(pid)
+        start = fact.start_ticks
+        if known is not None:
+            if fact.time_ns <= known.seen_ns and abs(known.start_ticks - (start or ticks(fact.time_ns))) <= 1:
+                known.born_ns = fact.time_ns  # the snapshot saw it first
+                self._hold(known, fact.time_ns)
+                return
+            self._vanish(known, fact.time_ns)
+        parent = self.processes.get(fact.ppid)
+        details = fact.details
+        if details is None:
+            details = parent.details if parent is not None else _NOBODY
+            if fact.cgroup is not None and fact.cgroup != details.cgroup:
+                details = changed(details, cgroup=fact.cgroup)
+        elif parent is not None:
+            details = inherit(parent.details, details, AT_FORK, inferred=True)
+        inferred = start is None
+        if start is None:
+            start = ticks(fact.time_ns)
+        process = Process(pid, start, process_id(self._boot, pid, start), parent, details)
+        process.ppid = fact.ppid
+        process.inherited = fact.details is None
+        process.start_inferred = inferred
+        process.born_ns = fact.time_ns
+        self.processes[pid] = process
+        if fact.ppid != KTHREADD:
+            self._hold(process, fact.time_ns)
+
+    def _on_exec(self, fact: Exec) -> None:
+        process = self.processes.get(fact.pid)
+        details = fact.details
+        if details is None:
+            details = Details(missing=_UNREAD)
+        elif process is not None and not _same(process, details):
+            if process.start_inferred and abs(process.start_ticks - (details.start_ticks or 0)) <= 1:
+                pass  # the stamp of the fork is taken some µs after the start, here across a tick
+            elif fact.read_ns > fact.time_ns:
+                details = Details(missing=_UNREAD)  # the pid is another process's by now
+            else:
+                self._vanish(process, fact.time_ns)
+                process = None
+        if process is None:
+            process = self._found(fact, details)
+        else:
+            if details.start_ticks is not None and process.start_inferred:
+                self._set_start(process, details.start_ticks)
+            inherit(process.details, details, AT_EXEC, inferred=True)
+        process.tids = None  # an exec ends all other threads, and the one that called it becomes the leader
+        process.others = 0
+        process.leader_alive = True
+        process.set_details(details)
+        forked = self._merge(process)
+        if "exec" in self._kinds:
+            self._tell(events.Exec, process, fact.time_ns, forked=forked or None)
+
+    def _on_exit(self, fact: Exit) -> None:
+        process = self.processes.get(fact.pid)
+        if process is None:
+            if fact.time_ns <= self.started_ns:
+                return  # ended before we were ready
+            process = self._unknown(fact.pid, fact.start_ticks, Details(ppid=fact.ppid, comm=fact.comm))
+        self._end(process, fact.time_ns, fact.status, fact.usage)
+
+    def _on_thread(self, fact: Thread) -> None:
+        """
+        Count threads, where each tells of itself (netlink): a process ends with the last of its threads.
+
+        The end of a thread that we do not know is not counted: one that exits while another executes a program is told
+        of after that exec, under a number that is no longer its own (de_thread() in fs/exec.c).
+        """
+        process = self.processes.get(fact.pid)
+        if process is None:
+            if not fact.born and fact.tid == fact.pid:
+                self._on_exit(Exit(fact.time_ns, fact.pid, fact.status))
+            return
+        if fact.born:
+            if fact.time_ns > process.seen_ns:
+                process.tids = process.tids or set()
+                process.tids.add(fact.tid)
+            return
+        if fact.tid == fact.pid:
+            process.leader_alive = False
+            process.leader_status = fact.status
+        elif process.tids and fact.tid in process.tids:
+            process.tids.discard(fact.tid)
+        elif process.others and fact.time_ns > process.seen_ns:
+            process.others -= 1
+        if process.leader_alive:
+            return
+        if process.tids or process.others:
+            self._doubtful[fact.pid] = fact.time_ns + HOLD_NS
+            return
+        # exit_group(2) and signals give all threads one status; a leader that left by itself left 0.
+        self._end(process, fact.time_ns, fact.status or process.leader_status, None)
+
+    def _on_changed(self, fact: Changed) -> None:
+        process = self.processes.get(fact.pid)
+        if process is None:
+            return
+        what = fact.what
+        fields: dict[str, object] = {}
+        if what == "comm":
+            fields = {"comm": fact.comm}
+        elif what in ("uid", "gid"):
+            fields = {what: fact.real, "e" + what: fact.effective}
+        elif what == "sid":
+            fields = {"session": fact.pid}
+        if fields:
+            details = changed(process.details, **fields)
+            if any(name in details.inferred for name in fields):
+                details.inferred = tuple(name for name in details.inferred if name not in fields)
+            process.details = details  # what was inherited stays so: only these fields are its own
+            process.view = None
+        if what in self._kinds:
+            extra = {"tracer": fact.tracer} if what == "ptrace" else {}
+            self._tell(_CHANGES[what], process, fact.time_ns, **extra)
+
+    def _on_exec_failed(self, fact: ExecFailed) -> None:
+        process = self.processes.get(fact.pid)
+        if process is None or "exec_failed" not in self._kinds:
+            return
+        event = self._event(
+            events.ExecFailed, process, fact.time_ns, errno=fact.errno, error=errorcode.get(fact.errno, str(fact.errno))
+        )
+        self._out.append(replace(event, file=fact.file))
+
+    def _on_alive(self, fact: Alive) -> None:
+        if fact.pid not in self.processes:
+            self._adopt(fact)
+
+    def _on_gone(self, fact: Gone) -> None:
+        process = self.processes.get(fact.pid)
+        if process is not None:
+            self._vanish(process, fact.time_ns)
+
+    def _on_opened(self, fact: Opened) -> None:
+        process = self.processes.get(fact.pid)
+        if process is not None:
+            if process.opens is None:
+                process.opens = []
+            process.opens.append(fact)
+
+    def _on_accounted(self, fact: Accounted) -> None:
+        self._accounts[fact.pid] = fact
+        if len(self._accounts) > MAX_ACCOUNTS:
+            del self._accounts[next(iter(self._accounts))]
+
+    def _on_lost(self, fact: Lost) -> None:
+        self.lost += fact.count
+        self._out.append(
+            events.Lost(
+                time=self._stamp(fact.time_ns),
+                host=self._host,
+                count=fact.count,
+                exact=fact.exact,
+                where=fact.where,
+                since=self._stamp(fact.since_ns) if fact.since_ns else None,
+                until=self._stamp(fact.until_ns) if fact.until_ns else None,
+                kinds=fact.kinds or None,
+            )
+        )
+
+    # Births and ends
+
+    def _adopt(self, fact: Alive) -> Process:
+        """
+        A process that was found alive.
+        """
+        details = fact.details
+        process = self._unknown(fact.pid, details.start_ticks, details)
+        process.seen_ns = fact.time_ns
+        process.others = max((details.threads or 1) - 1, 0)
+        self.processes[fact.pid] = process
+        return process
+
+    def _found(self, fact: Exec, details: Details) -> Process:
+        """
+        A process that executes a program, whose birth we did not see.
+        """
+        process = self._unknown(fact.pid, details.start_ticks, details)
+        process.parent = self.processes.get(details.ppid or 0)
+        self.processes[fact.pid] = process
+        return process
+
+    def _unknown(self, pid: int, start: int | None, details: Details) -> Process:
+        process = Process(pid, start or 0, process_id(self._boot, pid, start or 0), None, details)
+        if start is None:
+            details.missing = {**details.missing, "id": LOST}
+        return process
+
+    def _hold(self, process: Process, time_ns: int) -> None:
+        process.forked_ns = time_ns
+        if "fork" not in self._kinds:
+            return
+        held = _Held(process, time_ns + self._hold_ns)
+        process.held = held
+        self._out.append(held)
+        if not self._hold_ns:
+            self._decide(held, look=False)
+
+    def _merge(self, process: Process) -> bool:
+        """
+        The exec tells the fork, unless that was told already.
+        """
+        held, process.held = process.held, None
+        told = process.forked_ns == 0
+        process.forked_ns = 0
+        if type(held) is _Held and held.pending:
+            held.pending = False
+            return True
+        return not told and "fork" not in self._kinds
+
+    def _decide(self, held: _Held, *, look: bool) -> None:
+        """
+        A fork without an exec: tell it, with a look at the child if it still lives.
+        """
+        process = held.process
+        held.pending = False
+        process.held = None
+        if look and self._look is not None and not process.ended and process.inherited:
+            details = self._look(process.pid)
+            if details.start_ticks is not None and abs(details.start_ticks - process.start_ticks) <= 1:
+                self._set_start(process, details.start_ticks)
+                inherit(process.details, details, AT_FORK, inferred=True)
+                process.set_details(details)
+        held.event = self._event(events.Fork, process, process.forked_ns)
+        process.forked_ns = 0
+
+    def _end(self, process: Process, time_ns: int, status: int | None, usage: Usage | None) -> None:
+        pid = process.pid
+        account = self._accounts.pop(pid, None)
+        self._doubtful.pop(pid, None)
+        if type(process.held) is _Held and process.held.pending:
+            self._decide(process.held, look=False)
+        self.processes.pop(pid, None)
+        process.ended = True
+        process.opens = None
+        if "exit" not in self._kinds or process.ppid == KTHREADD:
+            return
+        if account is not None:
+            usage = usage or account.usage
+        missing = None
+        if status is None:
+            number, code, core = 0, None, None
+            missing = {"code": NOT_REPORTED, "signal": NOT_REPORTED, "core_dumped": NOT_REPORTED}
+        else:
+            number = status & 0x7F
+            code = None if number else status >> 8 & 0xFF
+            core = bool(status & 0x80)
+        if usage is None:
+            usage = _NO_USAGE
+            missing = {**(missing or {}), **_NOT_ACCOUNTED}
+        self._out.append(
+            self._event(
+                events.Exit,
+                process,
+                time_ns,
+                missing,
+                code=code,
+                signal=number or None,
+                core_dumped=core,
+                duration_ns=time_ns - (process.born_ns or process.start_ticks * NS_PER_TICK),
+                cpu_user_ns=usage.cpu_user_ns,
+                cpu_system_ns=usage.cpu_system_ns,
+                max_rss_bytes=usage.max_rss_bytes,
+                io_read_bytes=usage.io_read_bytes,
+                io_write_bytes=usage.io_write_bytes,
+            )
+        )
+
+    def _vanish(self, process: Process, time_ns: int) -> None:
+        if type(process.held) is _Held and process.held.pending:
+            self._decide(process.held, look=False)
+        self.processes.pop(process.pid, None)
+        self._doubtful.pop(process.pid, None)
+        process.ended = True
+        self._tell(events.Vanished, process, time_ns)
+
+    def _settle_doubts(self, now_ns: int) -> None:
+        """
+        Leaders that ended before threads of theirs: look whether those really live, an end may have been lost.
+        """
+        for pid, when in list(self._doubtful.items()):
+            if when > now_ns:
+                break
+            del self._doubtful[pid]
+            process = self.processes.get(pid)
+            if process is None or self._look is None:
+                continue
+            details = self._look(pid)
+            if details.start_ticks != process.start_ticks or (details.threads or 0) <= 1:
+                self._end(process, now_ns, process.leader_status, None)
+
+    def _set_start(self, process: Process, start: int) -> None:
+        if start != process.start_ticks:
+            process.start_ticks = start
+            process.id = process_id(self._boot, process.pid, start)
+            process.view = None
+        process.start_inferred = False
+
+    # Events
+
+    def _tell(self, kind: type[ProcessEvent], process: Process, time_ns: int, **extra: Any) -> None:
+        if kind.event in self._kinds:
+            self._out.append(self._event(kind, process, time_ns, **extra))
+
+    def _event(
+        self,
+        kind: type[ProcessEvent],
+        process: Process,
+        time_ns: int,
+        missing: Mapping[str, str] | None = None,
+        **extra: Any,
+    ) -> ProcessEvent:
+        """
+        What is known of a process, as an event.
+        """
+        details = process.details
+        inferred = as_inferred(details, AT_FORK) if process.inherited else list(details.inferred)
+        if process.start_inferred:
+            inferred.append("id")
+        container, unit, unit_user = self._names.place(details.cgroup)
+        parent = process.parent
+        if self._ancestors:
+            extra["ancestors"] = [a.as_parent() for a in islice(process.ancestors(), self._ancestors)]
+        return kind(
+            time=self._stamp(time_ns),
+            host=self._host,
+            id=process.id,
+            pid=process.pid,
+            ppid=process.ppid,
+            exe=details.exe,
+            exe_deleted=details.exe_deleted,
+            file=details.file,
+            script=details.script,
+            argv=details.argv,
+            argv_truncated=details.argv_truncated,
+            comm=details.comm,
+            cwd=details.cwd,
+            uid=details.uid,
+            gid=details.gid,
+            euid=details.euid,
+            egid=details.egid,
+            user=self._names.user(details.uid),
+            tty=details.tty,
+            session=details.session,
+            cgroup=details.cgroup,
+            container=container,
+            unit=unit,
+            parent=parent.as_parent() if parent is not None else None,
+            missing={**details.missing, **missing} if missing else details.missing,
+            inferred=inferred,
+            unit_user=unit_user,
+            exe_dev=details.exe_dev,
+            exe_inode=details.exe_inode,
+            exe_size=details.exe_size,
+            exe_memfd=details.exe_memfd,
+            ns_pid=details.ns_pid,
+            namespaces=details.namespaces,
+            auid=details.auid,
+            privileges=details.privileges,
+            **extra,
+        )
+
+
+def _same(process: Process, details: Details) -> bool:
+    """
+    Whether what was read under this pid is of this very process.
+    """
+    return details.start_ticks is None or details.start_ticks == process.start_ticks
+
+
+_NOT_ACCOUNTED = {"cpu_user_ns": NOT_REPORTED, "cpu_system_ns": NOT_REPORTED, "max_rss_bytes": NOT_REPORTED}
+_CHANGES: dict[str, type[ProcessEvent]] = {
+    "comm": events.Comm,
+    "uid": events.Uid,
+    "gid": events.Gid,
+    "sid": events.Sid,
+    "ptrace": events.Ptrace,
+    "coredump": events.Coredump,
+}

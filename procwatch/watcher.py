@@ -1,0 +1,495 @@
+"""
+watch(): the pipeline on an asyncio loop. Owns the loop's readers, the timers and the shutdown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from types import TracebackType
+from typing import Self
+
+from procwatch import options
+from procwatch.errors import ConfigError, ProcwatchError
+from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, Running
+from procwatch.pipeline import Pipeline, Stats
+from procwatch.sources import select
+from procwatch.sources.base import Source
+from procwatch.table.process import Process
+
+QUEUE = 65_536
+# Ends that wait_exit() still answers for, after the process left the table.
+RECENT_EXITS = 4096
+Sink = Callable[[list[Event]], None]
+
+
+class Subscription:
+    """
+    One consumer's bounded queue: `async for event in subscription`.
+
+    When it is full, events are dropped for this consumer only, counted, and a `lost` event with `where="consumer"`
+    stands where they were.
+    """
+
+    def __init__(self, watcher: Watcher, size: int) -> None:
+        self._watcher = watcher
+        self._size = size
+        self._queue: deque[Event] = deque()
+        self._wake = asyncio.Event()
+        self._closed = False
+        self._dropped = 0
+        self._since: str | None = None
+        self.peak = 0  # most events that ever waited
+
+    def put(self, batch: list[Event]) -> None:
+        """
+        Take events; called by the watcher.
+        """
+        queue = self._queue
+        room = self._size - len(queue)
+        if self._dropped and room > 0:
+            self._tell_dropped(batch[0].time if batch else None)
+            room -= 1
+        if len(batch) > room:
+            dropped = batch[max(room, 0) :]
+            batch = batch[: max(room, 0)]
+            self._since = self._since or dropped[0].time
+            self._dropped += len(dropped)
+        queue.extend(batch)
+        self.peak = max(self.peak, len(queue))
+        self._wake.set()
+
+    def _tell_dropped(self, until: str | None) -> None:
+        self._queue.append(
+            Lost(
+                time=until or self._since or "",
+                host=self._watcher.ready.host,
+                count=self._dropped,
+                exact=True,
+                where="consumer",
+                since=self._since,
+                until=until,
+            )
+        )
+        self._dropped, self._since = 0, None
+
+    def close(self) -> None:
+        """
+        No more events; what is queued is still given.
+        """
+        self._closed = True
+        self._wake.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._queue:
+            if self._dropped:
+                self._tell_dropped(None)
+            elif self._closed:
+                self._watcher.raise_failure()
+                raise StopAsyncIteration
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+        return self._queue.popleft()
+
+    async def batch(self) -> list[Event]:
+        """
+        All that is queued, at least one event; empty at the end.
+        """
+        try:
+            first = await anext(self)
+        except StopAsyncIteration:
+            return []
+        rest, self._queue = list(self._queue), deque()
+        return [first, *rest]
+
+
+class Watcher:
+    """
+    Watch the processes of this host, as an async context manager and async iterator.
+
+    Args:
+        backend: "auto" for the best that works here, or "netlink", "scan" ...
+        events: Kinds of events, see `procwatch.KINDS`, or the same with commas; ready, lost and stop always come.
+        initial: Begin with a `running` event for each process that is there.
+        buffer: Kernel buffer of each source, in bytes or as "1MiB"; None: each source's default (64 MiB for netlink).
+        latency_ms: How long events may gather under load, milliseconds.
+        fork_hold_ms: How long a fork may wait for its exec, so that both are one event; 0: always tell both.
+        without: Sources to leave out, such as "fanotify".
+        ancestors: Put so many `ancestors` into each event.
+        count: Stop after so many events of processes.
+        for_s: Stop after so many seconds.
+        queue: Events that a consumer may be behind; beyond that it gets a `lost` event.
+        sources: Opened or not, instead of `backend`: for tests, see procwatch.testing.
+
+    Raises:
+        ConfigError: A value that cannot be.
+        SourceUnavailable: On entering: the backend cannot work here.
+
+    Example:
+        >>> async def first() -> str:
+        ...     async with Watcher(backend="scan") as watcher:
+        ...         async for event in watcher:
+        ...             return event.event
+        >>> asyncio.run(first())
+        'ready'
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: str = "auto",
+        events: Collection[str] | str = DEFAULT_KINDS,
+        initial: bool = False,
+        buffer: int | str | None = None,
+        latency_ms: float = 20,
+        fork_hold_ms: float = 100,
+        without: Collection[str] = (),
+        ancestors: int = 0,
+        count: int | None = None,
+        for_s: float | None = None,
+        queue: int = QUEUE,
+        sources: list[Source] | None = None,
+    ) -> None:
+        kinds = options.event_kinds(events)
+        for name, value, least in (
+            ("latency_ms", latency_ms, 0),
+            ("fork_hold_ms", fork_hold_ms, 0),
+            ("ancestors", ancestors, 0),
+            ("queue", queue, 1),
+            ("count", count, 1),
+            ("for_s", for_s, 0),
+        ):
+            if value is not None and not value >= least:
+                raise ConfigError(f"{name}={value} cannot be: {least} or more")
+        self._backend = backend
+        self._kinds = kinds | ({"running"} if initial else frozenset())
+        self._initial = initial
+        self._count = count
+        self._for_s = for_s
+        self._options = select.Options(options.buffer_bytes(buffer), latency_ms / 1000, tuple(without), self._kinds)
+        self._hold_ns = int(fork_hold_ms * 1_000_000)
+        self._ancestors = ancestors
+        self._queue = queue
+        self._given = sources
+        self._pipeline: Pipeline | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._fds: dict[int, Source] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._subscriptions: list[Subscription] = []
+        self._sinks: list[Sink] = []
+        self._default: Subscription | None = None
+        self._exits: OrderedDict[str, Exit] = OrderedDict()
+        self._waiting: dict[str, list[asyncio.Future[Exit]]] = {}
+        self._on_end: list[Callable[[], None]] = []
+        self._failure: BaseException | None = None
+        self._stopped = False
+
+    # Life
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """
+        Open the sources and begin; `ready` is set then. Called by `async with`.
+        """
+        if self._pipeline is not None:
+            raise ProcwatchError("a watcher can be started only once: make another")
+        self._loop = asyncio.get_running_loop()
+        selection = self._select()
+        try:
+            self._pipeline = Pipeline(
+                selection.backend,
+                selection.sources,
+                selection.skipped + select.limits(selection.sources),
+                kinds=self._kinds,
+                hold_ns=self._hold_ns,
+                ancestors=self._ancestors,
+                limit=self._count,
+            )
+            self._default = self.subscribe() if not self._sinks else None
+            self._give(self._pipeline.start(initial=self._initial))
+        except BaseException:
+            for source in selection.sources:
+                source.close()
+            raise
+        for source in selection.sources:
+            fd = source.fileno()
+            if fd is not None:
+                self._fds[fd] = source
+                self._loop.add_reader(fd, self._readable, fd)
+            elif source is selection.sources[0]:
+                self._turn_later(source)
+        if self._for_s is not None:
+            self._timers["for"] = self._loop.call_later(self._for_s, self.stop)
+        self._schedule()
+
+    def _select(self) -> select.Selection:
+        if self._given is None:
+            return select.open_sources(self._backend, self._options)
+        for source in self._given:
+            source.open()
+        return select.Selection(self._given[0].name, list(self._given), [])
+
+    def stop(self) -> None:
+        """
+        Take what the kernel has queued, give `stop` as the last event, and end the iteration.
+        """
+        if self._pipeline is None or self._stopped:
+            return
+        self._detach()
+        try:
+            self._give(self._pipeline.stop())
+        finally:
+            self._finish()
+
+    def close(self) -> None:
+        """
+        End at once: sources closed, consumers get what they have queued. May be called twice.
+        """
+        if not self._stopped:
+            self._detach()
+            self._finish()
+
+    def _detach(self) -> None:
+        self._stopped = True
+        if self._loop is not None:
+            for fd in self._fds:
+                self._loop.remove_reader(fd)
+        self._fds.clear()
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+
+    def _finish(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.close()
+        for subscription in self._subscriptions:
+            subscription.close()
+        for call in self._on_end:
+            call()
+        for futures in self._waiting.values():
+            for future in futures:
+                future.cancel()
+        self._waiting.clear()
+
+    def raise_failure(self) -> None:
+        """
+        Raise what ended the watcher, if anything did.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    # Turns
+
+    def _readable(self, fd: int) -> None:
+        source = self._fds[fd]
+        delay = source.delay_s()
+        if not delay:
+            self._turn()
+            return
+        # Let facts gather: the wake-ups are the cost. The descriptor would stay readable meanwhile.
+        assert self._loop is not None
+        self._loop.remove_reader(fd)
+        self._timers[f"fd{fd}"] = self._loop.call_later(delay, self._gathered, fd)
+
+    def _gathered(self, fd: int) -> None:
+        assert self._loop is not None
+        self._loop.add_reader(fd, self._readable, fd)
+        self._turn()
+
+    def _turn_later(self, source: Source) -> None:
+        assert self._loop is not None
+        self._timers["tick"] = self._loop.call_later(source.delay_s(), self._tick, source)
+
+    def _tick(self, source: Source) -> None:
+        self._turn()
+        if not self._stopped:
+            self._turn_later(source)
+
+    def _turn(self) -> None:
+        assert self._pipeline is not None
+        try:
+            self._give(self._pipeline.turn())
+        except Exception as error:
+            self._failure = error
+            self.close()
+        else:
+            if self._pipeline.finished:
+                self.stop()
+            self._schedule()
+
+    def _schedule(self) -> None:
+        """
+        Wake for what the table waits for, and for nothing else: an idle host costs nothing.
+        """
+        if self._stopped:
+            return
+        assert self._pipeline is not None
+        assert self._loop is not None
+        deadline = self._pipeline.deadline_ns()
+        timer = self._timers.pop("deadline", None)
+        if timer is not None:
+            timer.cancel()
+        if deadline is not None:
+            wait = max((deadline - self._pipeline.clock.now_ns()) / 1e9, 0.001)
+            self._timers["deadline"] = self._loop.call_later(wait, self._turn)
+
+    def _give(self, batch: list[Event]) -> None:
+        if not batch:
+            return
+        for sink in self._sinks:
+            sink(batch)
+        for subscription in self._subscriptions:
+            subscription.put(batch)
+        for event in batch:
+            if type(event) is Exit:
+                self._exits[event.id] = event
+                if event.id in self._waiting:
+                    for future in self._waiting.pop(event.id):
+                        if not future.done():
+                            future.set_result(event)
+        while len(self._exits) > RECENT_EXITS:
+            self._exits.popitem(last=False)
+
+    # For users
+
+    @property
+    def ready(self) -> Ready:
+        """
+        What watches and what does not, as the first event says.
+        """
+        return self._started().ready
+
+    @property
+    def processes(self) -> dict[int, Process]:
+        """
+        The live table, by pid; for reading only.
+        """
+        return self._started().table.processes
+
+    def get(self, pid: int) -> Process | None:
+        """
+        The live process with this pid, as the table knows it, or None.
+        """
+        return self.processes.get(pid)
+
+    def stats(self) -> Stats:
+        """
+        Counters since the start.
+        """
+        return self._started().stats()
+
+    def subscribe(self, queue: int | None = None) -> Subscription:
+        """
+        Another consumer, with a queue of its own; it gets the events from now on.
+        """
+        subscription = Subscription(self, queue or self._queue)
+        self._subscriptions.append(subscription)
+        return subscription
+
+    def add_sink(self, sink: Sink) -> None:
+        """
+        Call `sink` with each batch of events. One that is added before the start replaces the default consumer, so
+        nobody needs to iterate.
+        """
+        self._sinks.append(sink)
+
+    def on_end(self, call: Callable[[], None]) -> None:
+        """
+        Call `call` once when the watcher has ended, for whatever reason.
+        """
+        self._on_end.append(call)
+
+    async def wait_exit(self, id: str) -> Exit:  # noqa: A002
+        """
+        The end of a process, by the `id` of its events.
+
+        Raises:
+            ConfigError: The watcher does not make `exit` events.
+            LookupError: No such process is alive, nor was among the last 4096 that ended.
+        """
+        if "exit" not in self._kinds:
+            raise ConfigError("wait_exit() needs the kind 'exit' among the watcher's kinds")
+        if id in self._exits:
+            return self._exits[id]
+        parts = id.split("-")
+        process = self.get(int(parts[1])) if len(parts) == 3 and parts[1].isdigit() else None
+        if process is None or process.id != id:
+            raise LookupError(f"no process {id!r} is alive")
+        future: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(id, []).append(future)
+        return await future
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        self._started()
+        if self._default is None:
+            raise ProcwatchError("this watcher feeds sinks: subscribe() to iterate, too")
+        return self._default
+
+    def _started(self) -> Pipeline:
+        if self._pipeline is None:
+            raise ProcwatchError("the watcher is not started: use `async with Watcher() as watcher`")
+        return self._pipeline
+
+
+async def watch(**arguments: object) -> AsyncIterator[AnyEvent]:
+    """
+    Every process of this host as it starts and ends; takes the arguments of `Watcher`.
+
+    The first event is `ready`. Leaving the loop closes everything, at the latest when the generator is closed; wrap it
+    in `contextlib.aclosing()` to have that at once.
+
+    Example:
+        async for event in procwatch.watch(events=["exec"]):
+            print(event)
+    """
+    async with Watcher(**arguments) as watcher:  # type: ignore[arg-type]
+        async for event in watcher:
+            yield event  # type: ignore[misc]
+
+
+def watch_sync(**arguments: object) -> Iterator[AnyEvent]:
+    """
+    The same without asyncio: an ordinary generator, on a private loop.
+
+    While your code works between two events, nothing is read and the kernel's buffer fills: take events promptly, or
+    give a larger `buffer`.
+    """
+    with asyncio.Runner() as runner:
+        watcher = Watcher(**arguments)  # type: ignore[arg-type]
+
+        async def begin() -> Subscription:
+            watcher.start()
+            assert watcher._default is not None
+            return watcher._default
+
+        subscription = runner.run(begin())
+        try:
+            while batch := runner.run(subscription.batch()):
+                yield from batch  # type: ignore[misc]
+        finally:
+            runner.run(_close(watcher))
+
+
+async def _close(watcher: Watcher) -> None:
+    watcher.close()
+
+
+def snapshot() -> list[Running]:
+    """
+    The processes that live now, as `running` events.
+    """
+    pipeline = Pipeline("scan", [], [], kinds=("running",))
+    return [event for event in pipeline.start(initial=True) if type(event) is Running]
