@@ -72,6 +72,22 @@ def stat(pid: int) -> decode.Stat | None:
     return _stat(data) if isinstance(data, bytes) else None
 
 
+def exit_status(pid: int, start_ticks: int) -> int | None:
+    """
+    As wait(2) will give it to the parent of a zombie; None unless it is one, and one that we may trace.
+    """
+    state = stat(pid)
+    if state is None or not state.ended or state.start_ticks != start_ticks:
+        return None
+    try:
+        os.readlink(f"/proc/{pid}/exe")
+    except FileNotFoundError:  # allowed to look, and there is none: then the exit code was not withheld either
+        return state.exit_code
+    except OSError:
+        pass
+    return None
+
+
 def pids() -> list[int]:
     """
     The processes that /proc lists, ascending.
