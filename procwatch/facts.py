@@ -21,6 +21,8 @@ KERNEL_THREAD = "kernel_thread"  # has no such thing
 REPLACED = "replaced"  # the process had executed something else by the time it was read
 NOT_REPORTED = "not_reported"  # this backend's mechanism does not carry it
 LOST = "lost"  # the fact that held it was dropped
+PAGED_OUT = "paged_out"  # its memory was not resident when the kernel was asked
+TOO_LONG = "too_long"  # longer than the 4096 bytes of a path that the kernel itself would say
 
 
 class Details(Struct, gc=False):
@@ -60,6 +62,7 @@ class Details(Struct, gc=False):
     namespaces: dict[str, int] | None = None  # "pid", "mnt", "user" ...: inode numbers
     auid: int | None = None  # audit login uid, unset = None
     privileges: list[str] | None = None  # gained by this exec: "setuid", "setgid", "capabilities"
+    unread: Details | None = None  # the table's: what remains of these after an exec that nobody could read
 
 
 class Usage(Struct, gc=False):
