@@ -68,7 +68,7 @@ class Skipped(Struct, frozen=True):
     remedy: str
 
 
-class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
+class Event(Struct, frozen=True, tag_field="event", omit_defaults=True):
     """
     Base of all events.
 
@@ -95,7 +95,7 @@ class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=
         return raw_of(self)
 
 
-class ProcessEvent(Event, frozen=True, kw_only=True, omit_defaults=True):
+class ProcessEvent(Event, frozen=True, omit_defaults=True):
     """
     Something happened to one process. See docs/events.md for each field.
     """
@@ -131,17 +131,17 @@ class ProcessEvent(Event, frozen=True, kw_only=True, omit_defaults=True):
     exe_inode: int | None = None
     exe_size: int | None = None
     exe_memfd: bool | None = None
+    ns_pid: int | None = None
+    namespaces: dict[str, int] | None = None
+    auid: int | None = None
+    privileges: list[str] | None = None
     exe_owner: int | None = None
     exe_mode: str | None = None
     exe_capabilities: str | None = None
     exe_upper: bool | None = None
     hash: dict[str, str] | None = None
-    ns_pid: int | None = None
-    namespaces: dict[str, int] | None = None
     ns_uid: int | None = None
-    auid: int | None = None
     audit_session: int | None = None
-    privileges: list[str] | None = None
 
     def process(self) -> psutil.Process | None:
         """

@@ -22,6 +22,7 @@ import select
 import socket
 import struct
 import time
+from operator import attrgetter
 from typing import ClassVar
 
 from procwatch.errors import DecodeError, SourceUnavailable
@@ -126,10 +127,10 @@ class ProcConnector:
             except DecodeError:
                 self._undecoded += 1
                 continue
-            for message in messages:
-                if message.ack is not None:
-                    if message.ack:
-                        raise OSError(message.ack, os.strerror(message.ack))
+            for *_, ack in messages:
+                if ack is not None:
+                    if ack:
+                        raise OSError(ack, os.strerror(ack))
                     return
             self._early.append(data)
         raise self._silent()
@@ -208,7 +209,7 @@ class ProcConnector:
         if facts:
             self._wakeups += 1
             self._facts += len(facts)
-            facts.sort(key=_time)  # two CPUs stamp before they queue
+            facts.sort(key=attrgetter("time_ns"))  # two CPUs stamp before they queue
             self._pace.learn(facts)
         return facts
 
@@ -218,17 +219,16 @@ class ProcConnector:
         except DecodeError:
             self._undecoded += 1
             return
-        for message in messages:
-            if message.ack is not None:  # of another listener; carries no number of a CPU
+        for cpu, seq, time_ns, fact, ack in messages:
+            if ack is not None:  # of another listener; carries no number of a CPU
                 continue
-            cpu, seq = message.cpu, message.seq
             expected = self._next_seq.get(cpu, seq)
             if seq != expected:
-                self._gap(cpu, (seq - expected) & 0xFFFFFFFF, message.time_ns, facts)
+                self._gap(cpu, (seq - expected) & 0xFFFFFFFF, time_ns, facts)
             self._next_seq[cpu] = (seq + 1) & 0xFFFFFFFF
-            self._last_ns[cpu] = message.time_ns
-            if message.fact is not None:
-                facts.append(message.fact)
+            self._last_ns[cpu] = time_ns
+            if fact is not None:
+                facts.append(fact)
 
     def _gap(self, cpu: int, count: int, until_ns: int, facts: list[Fact]) -> None:
         """
@@ -311,7 +311,3 @@ class Pace:
                 self._short += ((fact.time_ns - born < self.SHORT_NS) - self._short) / 64
         if len(execs) > 4096:  # the living are of no interest for long
             execs.clear()
-
-
-def _time(fact: Fact) -> int:
-    return fact.time_ns

@@ -27,7 +27,7 @@ from msgspec.structs import replace
 
 from procwatch import events
 from procwatch.clock import Clock
-from procwatch.events import Container, Event, ProcessEvent
+from procwatch.events import Container, Event, Parent, ProcessEvent
 from procwatch.facts import (
     EXITED,
     LOST,
@@ -285,12 +285,12 @@ class Table:
         process = self.processes.get(fact.pid)
         details = fact.details
         if details is None:
-            details = Details(missing=_UNREAD)
+            details = _unread(process.details if process is not None else _NOBODY)
         elif process is not None and not _same(process, details):
             if process.start_inferred and abs(process.start_ticks - (details.start_ticks or 0)) <= 1:
                 pass  # the stamp of the fork is taken some µs after the start, here across a tick
             elif fact.read_ns > fact.time_ns:
-                details = Details(missing=_UNREAD)  # the pid is another process's by now
+                details = _unread(process.details)  # the pid is another process's by now
             else:
                 self._vanish(process, fact.time_ns)
                 process = None
@@ -299,7 +299,8 @@ class Table:
         else:
             if details.start_ticks is not None and process.start_inferred:
                 self._set_start(process, details.start_ticks)
-            inherit(process.details, details, AT_EXEC, inferred=True)
+            if fact.details is not None:
+                inherit(process.details, details, AT_EXEC, inferred=True)
         process.tids = None  # an exec ends all other threads, and the one that called it becomes the leader
         process.others = 0
         process.leader_alive = True
@@ -576,46 +577,57 @@ class Table:
             inferred.append("id")
         container, unit, unit_user = self._names.place(details.cgroup)
         parent = process.parent
+        ancestors: list[Parent] | None = None
         if self._ancestors:
-            extra["ancestors"] = [a.as_parent() for a in islice(process.ancestors(), self._ancestors)]
+            ancestors = [a.as_parent() for a in islice(process.ancestors(), self._ancestors)]
         return kind(
-            time=self._stamp(time_ns),
-            host=self._host,
-            id=process.id,
-            pid=process.pid,
-            ppid=process.ppid,
-            exe=details.exe,
-            exe_deleted=details.exe_deleted,
-            file=details.file,
-            script=details.script,
-            argv=details.argv,
-            argv_truncated=details.argv_truncated,
-            comm=details.comm,
-            cwd=details.cwd,
-            uid=details.uid,
-            gid=details.gid,
-            euid=details.euid,
-            egid=details.egid,
-            user=self._names.user(details.uid),
-            tty=details.tty,
-            session=details.session,
-            cgroup=details.cgroup,
-            container=container,
-            unit=unit,
-            parent=parent.as_parent() if parent is not None else None,
-            missing={**details.missing, **missing} if missing else details.missing,
-            inferred=inferred,
-            unit_user=unit_user,
-            exe_dev=details.exe_dev,
-            exe_inode=details.exe_inode,
-            exe_size=details.exe_size,
-            exe_memfd=details.exe_memfd,
-            ns_pid=details.ns_pid,
-            namespaces=details.namespaces,
-            auid=details.auid,
-            privileges=details.privileges,
+            self._stamp(time_ns),
+            self._host,
+            process.id,
+            process.pid,
+            process.ppid,
+            details.exe,
+            details.exe_deleted,
+            details.file,
+            details.script,
+            details.argv,
+            details.argv_truncated,
+            details.comm,
+            details.cwd,
+            details.uid,
+            details.gid,
+            details.euid,
+            details.egid,
+            self._names.user(details.uid),
+            details.tty,
+            details.session,
+            details.cgroup,
+            container,
+            unit,
+            parent.as_parent() if parent is not None else None,
+            {**details.missing, **missing} if missing else details.missing,
+            inferred,
+            unit_user,
+            ancestors,
+            details.exe_dev,
+            details.exe_inode,
+            details.exe_size,
+            details.exe_memfd,
+            details.ns_pid,
+            details.namespaces,
+            details.auid,
+            details.privileges,
             **extra,
         )
+
+
+def _unread(before: Details) -> Details:
+    """
+    What is known after an exec that could not be read; made once for a parent that has many such children.
+    """
+    if before.unread is None:
+        before.unread = inherit(before, Details(missing=_UNREAD), AT_EXEC, inferred=True)
+    return before.unread
 
 
 def _same(process: Process, details: Details) -> bool:
