@@ -1,0 +1,244 @@
+"""
+Container, unit and user of an event, without ever waiting.
+
+`place` and `user` are dict hits. What is met for the first time is answered with what the path itself says, and
+looked up by a worker thread meanwhile; `on_ready` is called from that thread when there is something for `collect`.
+Everything else happens in the thread that calls: there are no locks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from procwatch.enrich import containers
+from procwatch.enrich.containers import ContainerRef, Place
+from procwatch.enrich.names import LABELS, Names, may_be_claimed, unnamed
+from procwatch.enrich.runtimes import Roots
+from procwatch.enrich.users import Users
+from procwatch.enrich.worker import Worker
+from procwatch.events import Container
+
+Placed = tuple[Container | None, str | None, int | None]
+_NOWHERE: Placed = (None, None, None)
+
+# Seconds until a lookup that found nothing is tried again: files appear some milliseconds after the first process,
+# or much later where the runtime's disk is slow. An event may be held only for the first ones.
+RETRIES: tuple[float, ...] = (0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
+_HELD = 3
+_SWEEP_S = 5.0
+
+
+class _Answer(NamedTuple):
+    """
+    What the worker found out: of `cgroup`, whose container is at `key`.
+    """
+
+    cgroup: str
+    ref: ContainerRef | None
+    container: Container | None
+    identity: int | None
+    final: bool  # no need to hold an event any longer
+
+
+class _Known(NamedTuple):
+    """
+    A container with its names.
+    """
+
+    container: Container
+    identity: int | None  # the inode of its cgroup; another one is another container of the same name
+    cgroups: set[str]  # in `_places`
+
+
+class Enricher:
+    """
+    Args:
+        roots: Where runtimes keep their files.
+        labels: Patterns of the container labels that are reported.
+        on_ready: Called from a worker thread when `collect` has something.
+        capacity: Cgroups that are remembered; the one unused for longest goes first, and is looked up again if met.
+    """
+
+    def __init__(
+        self,
+        *,
+        roots: Roots | None = None,
+        labels: tuple[str, ...] = LABELS,
+        on_ready: Callable[[], None] | None = None,
+        capacity: int = 8192,
+    ) -> None:
+        self._names = Names(roots, labels)
+        self._on_ready = on_ready
+        self._capacity = capacity
+        # Two threads, because a name service may hang for minutes.
+        self._worker = Worker("procwatch-containers")
+        self._user_worker = Worker("procwatch-users")
+        self._users = Users(self._user_worker)
+        self._places: OrderedDict[str, Placed] = OrderedDict()
+        self._known: dict[str, _Known] = {}  # by the container's own cgroup
+        self._pending: set[str] = set()
+        self._answers: deque[_Answer] = deque()
+        self._gone: deque[list[str]] = deque()
+        self._fading: set[str] = set()  # cgroups that the last sweep found gone
+        self._sweeping = False
+
+    def place(self, cgroup: str | None) -> Placed:
+        """
+        Container, unit and uid of the unit's user, as far as they are known now.
+        """
+        if cgroup is None:
+            return _NOWHERE
+        placed = self._places.get(cgroup)
+        if placed is None:
+            return self._first(cgroup)
+        self._places.move_to_end(cgroup)
+        return placed
+
+    def user(self, uid: int) -> str | None:
+        """
+        The name of a user of the host, as far as it is known now.
+        """
+        return self._users.name(uid)
+
+    def pending(self, cgroup: str | None) -> bool:
+        """
+        Whether the names for this cgroup may come within about half a second.
+        """
+        return cgroup in self._pending
+
+    def collect(self) -> list[tuple[Container, str]]:
+        """
+        The containers whose names have become known since the last call, each with its own cgroup.
+        """
+        while self._gone:
+            for key in self._gone.popleft():
+                self._forget(key)
+            self._sweeping = False
+        found: list[tuple[Container, str]] = []
+        while self._answers:
+            answer = self._answers.popleft()
+            if answer.final:
+                self._pending.discard(answer.cgroup)
+            if answer.ref is None or answer.cgroup not in self._places:
+                continue
+            key = answer.ref.cgroup
+            known = self._known.get(key)
+            if known is None or (known.container.name is None and answer.container is not None):
+                cgroups = known.cgroups if known else set()
+                known = _Known(answer.container or unnamed(answer.ref), answer.identity, cgroups)
+                self._known[key] = known
+                for cgroup in cgroups:
+                    self._put(cgroup, known.container)
+                if answer.container is not None:
+                    found.append((known.container, key))
+            known.cgroups.add(answer.cgroup)
+            self._put(answer.cgroup, known.container)
+        if self._known and not self._sweeping:
+            self._sweep_later()
+        return found
+
+    def stats(self) -> dict[str, int]:
+        """
+        Sizes, and lookups that were refused because too many waited.
+        """
+        return {
+            "cgroups": len(self._places),
+            "containers": len(self._known),
+            "pending": len(self._pending),
+            "refused": self._worker.refused + self._user_worker.refused,
+        }
+
+    def close(self) -> None:
+        """
+        End the threads.
+        """
+        self._on_ready = None
+        self._worker.close()
+        self._user_worker.close()
+
+    def _first(self, cgroup: str) -> Placed:
+        place = containers.parse(cgroup)
+        ref = place.container
+        known = self._known.get(ref.cgroup) if ref else None
+        container = known.container if known else unnamed(ref) if ref else None
+        placed = (container, place.unit, place.unit_user)
+        while len(self._places) >= self._capacity:
+            self._drop(next(iter(self._places)))
+        self._places[cgroup] = placed
+        if known is not None:
+            known.cgroups.add(cgroup)
+        if self._is_new(cgroup, place) and self._worker.submit(lambda: self._look(cgroup, place, 0)):
+            self._pending.add(cgroup)
+        return placed
+
+    def _is_new(self, cgroup: str, place: Place) -> bool:
+        """
+        Whether disks may have something to add.
+        """
+        if place.container is None:
+            return may_be_claimed(cgroup, place)
+        # Below a known container there may be another one, which only state files tell.
+        return place.container.cgroup != cgroup or cgroup not in self._known
+
+    def _put(self, cgroup: str, container: Container) -> None:
+        _, unit, user = self._places[cgroup]
+        self._places[cgroup] = (container, unit, user)
+
+    def _drop(self, cgroup: str) -> None:
+        container = self._places.pop(cgroup)[0]
+        self._pending.discard(cgroup)
+        if container is None:
+            return
+        for key in _above(cgroup):
+            known = self._known.get(key)
+            if known is None:
+                continue
+            known.cgroups.discard(cgroup)
+            if not known.cgroups:
+                del self._known[key]
+
+    def _forget(self, key: str) -> None:
+        known = self._known.pop(key, None)
+        for cgroup in known.cgroups if known else ():
+            self._places.pop(cgroup, None)
+
+    # In the worker.
+
+    def _look(self, cgroup: str, place: Place, tries: int) -> None:
+        ref = self._names.find(cgroup, place)
+        container = self._names.lookup(ref) if ref else None
+        identity = self._names.identity(ref.cgroup) if ref else None
+        # Later tries are for containers that are still there.
+        more = container is None and tries < (_HELD if identity is None else len(RETRIES))
+        self._answers.append(_Answer(cgroup, ref, container, identity, final=not more or tries >= _HELD))
+        if more:
+            self._worker.submit(lambda: self._look(cgroup, place, tries + 1), RETRIES[tries])
+        self._wake()
+
+    def _wake(self) -> None:
+        if (wake := self._on_ready) is not None:
+            wake()
+
+    # Containers that are gone are forgotten, but not at once: their last exits may still be on their way.
+
+    def _sweep_later(self) -> None:
+        keys = [(key, known.identity) for key, known in self._known.items()]
+        self._sweeping = self._worker.submit(lambda: self._sweep(keys), _SWEEP_S)
+
+    def _sweep(self, keys: list[tuple[str, int | None]]) -> None:
+        now = {key: self._names.identity(key) for key, _ in keys}
+        gone = {key for key, _ in keys if now[key] is None}
+        replaced = [key for key, identity in keys if now[key] is not None and now[key] != identity]
+        self._gone.append([*(gone & self._fading), *replaced])
+        self._fading = gone
+        self._wake()
+
+
+def _above(cgroup: str) -> list[str]:
+    """
+    A path and all the directories above it.
+    """
+    parts = cgroup.split("/")
+    return ["/".join(parts[:end]) for end in range(len(parts), 1, -1)]
