@@ -116,7 +116,7 @@ def command(event: ProcessEvent) -> str:
     shown = quote(exe) + (" <deleted>" if event.exe_deleted else "")
     if argv is None:
         return f"{shown} <arguments: {event.missing.get('argv', 'unknown')}>"
-    if argv and argv[0] not in (exe, event.file, _base(exe)):
+    if argv and _base(argv[0]) != _base(exe):
         shown += f" ({quote(argv[0])})"
     if argv[1:]:
         shown += " " + quote_all(argv[1:])

@@ -46,6 +46,16 @@ def _netlink(options: Options) -> Source:
     return ProcConnector(buffer_bytes=options.buffer_bytes or 64 << 20, gather_s=gather_s)
 
 
+def _ebpf(options: Options) -> Source:
+    from procwatch.sources.ebpf import Ebpf
+
+    return Ebpf(
+        buffer_bytes=options.buffer_bytes or 16 << 20,
+        gather_s=options.latency_s,
+        exec_failed="exec_failed" in options.kinds,
+    )
+
+
 def _scan(options: Options) -> Source:
     from procwatch.sources.scan import Scan
 
@@ -53,6 +63,7 @@ def _scan(options: Options) -> Source:
 
 
 LADDER: dict[str, Sequence[tuple[str, Make]]] = {
+    "ebpf": (("ebpf", _ebpf),),
     "netlink": (("netlink", _netlink),),
     "scan": (("scan", _scan),),
 }
