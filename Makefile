@@ -10,13 +10,11 @@ PACKAGES := python3-venv gcc libc6-dev util-linux procps strace forkstat runc co
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 TESTS ?= procwatch tests
 
--include bpf.mk kernels.mk
-
 .DEFAULT_GOAL := help
 .PHONY: help watch test check format schema packages clean
 
 help:  ## This list
-	@awk -F ':.*##  ' '/^[a-z-]+:.*##  / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 watch: $(VENV)/.installed  ## Install into .venv and print every process; ARGS="--events exec" passes options
 	@exec $(BIN)/procwatch watch $(ARGS)
@@ -70,3 +68,5 @@ $(VENV)/.tested: pyproject.toml | $(BIN)/python
 clean:  ## Remove all that can be made again
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+-include bpf.mk kernels.mk
