@@ -59,9 +59,12 @@ def look(pid: int, *, with_file: bool = True) -> tuple[Details, decode.Stat | No
     except OSError as error:
         return Details(missing=dict.fromkeys(FIELDS, _absent(pid, error))), None
     try:
-        return _details(directory, with_file)
+        details, state = _details(directory, with_file)
     finally:
         os.close(directory)
+    if state is None and details.exe is None and details.argv is None and _exists(pid):
+        details = Details(missing=dict.fromkeys(FIELDS, PERMISSION))
+    return details, state
 
 
 def stat(pid: int) -> decode.Stat | None:
@@ -467,14 +470,19 @@ def _reason(text: bytes | str) -> str:
 
 def _absent(pid: int, error: OSError) -> str:
     """
-    Why there is no /proc/PID: with hidepid a process of another user looks like one that is gone.
+    Why there is no /proc/PID.
     """
-    if error.errno != errno.ENOENT:
-        return _why(error)
+    return PERMISSION if error.errno == errno.ENOENT and _exists(pid) else _why(error)
+
+
+def _exists(pid: int) -> bool:
+    """
+    Whether there is such a process: with hidepid one of another user looks in /proc like one that is gone.
+    """
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
-        return EXITED
+        return False
     except OSError:
         pass
-    return PERMISSION
+    return True

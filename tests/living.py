@@ -1,0 +1,89 @@
+"""
+Real processes for tests to look at, and tests' own code run as somebody else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+NOBODY = 65534
+CLONE_NEWNS = 0x00020000
+MS_REC_PRIVATE = 0x4000 | 0x40000
+
+
+@contextmanager
+def living(argv: Sequence[str | bytes], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """
+    A process that echoes a line (so that its exec is over for sure) and lives until the end of the block.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, **options) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"x\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"x\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def python(code: str, *args: str) -> Iterator[subprocess.Popen[bytes]]:
+    """
+    A Python program that has run `code` and then waits, echoing; see `living()`.
+    """
+    echo = "import sys; print(sys.stdin.readline(), end='', flush=True); sys.stdin.read()"
+    with living([sys.executable, "-c", f"{code}\n{echo}", *args]) as process:
+        yield process
+
+
+def elsewhere(work: Callable[[], T], *, uid: int | None = None, hidepid: str | None = None) -> T:
+    """
+    What `work` returns in a forked child: as another user, with another /proc.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        result: object
+        try:
+            if hidepid is not None:
+                _own_proc(hidepid)
+            if uid is not None:
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+            result = (True, work())
+        except BaseException:  # noqa: BLE001, RUF100 - the parent raises it
+            result = (False, traceback.format_exc())
+        with open(writer, "wb") as pipe:
+            pickle.dump(result, pipe)
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        data = pipe.read()
+    os.waitpid(child, 0)
+    good, value = pickle.loads(data)  # written by ourselves
+    assert good, value
+    return value  # type: ignore[no-any-return]
+
+
+def _own_proc(hidepid: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    for call in (
+        lambda: libc.unshare(CLONE_NEWNS),
+        lambda: libc.mount(b"none", b"/", None, MS_REC_PRIVATE, None),
+        lambda: libc.mount(b"proc", b"/proc", b"proc", 0, f"hidepid={hidepid}".encode()),
+    ):
+        if call():
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
