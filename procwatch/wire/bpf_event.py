@@ -9,8 +9,8 @@ and strings that were seen before cost a dictionary lookup.
 
 from __future__ import annotations
 
+import mmap
 import struct
-from mmap import PAGESIZE
 from typing import TypeVar
 
 from procwatch.errors import DecodeError
@@ -31,19 +31,22 @@ EXEC, FORK, EXIT, ARGV, EXEC_FAILED = 1, 2, 3, 4, 5
 KINDS = {EXEC: "exec", FORK: "fork", EXIT: "exit", EXEC_FAILED: "exec_failed"}
 
 BUSY, DISCARD = 1 << 31, 1 << 30  # BPF_RINGBUF_BUSY_BIT, BPF_RINGBUF_DISCARD_BIT
+_BUSY_BYTE, _DISCARD_BYTE = BUSY >> 24, DISCARD >> 24
 RING_HEADER = 8
 
 # enum flag in procwatch.bpf.c
 EXE_CUT, EXE_DETACHED, EXE_DELETED, CWD_CUT, CGROUP_CUT, FILE_CUT, SCRIPT = (1 << bit for bit in range(7))
 ARGV_CUT, ARGV_FAULT, SETUID, SETGID, CAPABILITIES, NO_MM = (1 << bit for bit in range(7, 13))
 
-# Ring header (length, page offset), then: kind, pid, time, start ticks, ppid, flags or bytes.
-_HEAD = struct.Struct("<IIIIQQII")
+# Each is the whole of a record's fixed part: one unpack, for that is what costs. Ring header: length, (page offset).
+# Common head: (kind), pid, time, start ticks, ppid, flags or bytes that follow.
+_HEAD = struct.Struct("<I4x4xIQQII")
+_AFTER_HEAD = _HEAD.size
 # inode, size, dev, maxrss; uid gid euid egid auid session tty ns_pid; namespaces; comm; argv here, argv before; lengths
-_EXEC = struct.Struct("<QQQQ8I32s16sIIHHHH")
+_EXEC = struct.Struct(_HEAD.format + "QQQQ8I32s16sIIHHHH")
 # utime, stime, runtime, rss, maxrss; status; comm
-_EXIT = struct.Struct("<QQQQQIxxxx16s")
-_FAILED = struct.Struct("<Ixxxx")
+_EXIT = struct.Struct(_HEAD.format + "QQQQQI4x16s")
+_FAILED = struct.Struct(_HEAD.format + "I4x")
 _LENGTHS = struct.Struct("<HHHH")
 _NAMESPACES = struct.Struct("<8I")
 _NAMESPACE_NAMES = ("pid", "mnt", "user", "net", "uts", "ipc", "cgroup", "time")
@@ -52,6 +55,7 @@ _NO_AUID = 0xFFFFFFFF
 _CACHE = 4096  # entries; a full cache is emptied, which is cheaper than keeping it in order
 _PARTS = 64  # processes whose arguments are on their way
 
+Bytes = bytes | mmap.mmap  # both give bytes when sliced
 Names = tuple[str, str, str, str]
 V = TypeVar("V")
 
@@ -127,7 +131,7 @@ class Decoder:
         self._parts: dict[int, bytes] = {}
         self._peaks: dict[int, int] | None = None
 
-    def decode(self, data: bytes | memoryview, at: int, end: int, facts: list[Fact], limit: int = 1 << 30) -> int:
+    def decode(self, data: Bytes, at: int, end: int, facts: list[Fact], limit: int = 1 << 30) -> int:
         """
         Append the facts of the records in `data[at:end]` to `facts` and return where to go on.
 
@@ -136,49 +140,46 @@ class Decoder:
         Raises:
             DecodeError: What is there is no record. `facts` has those before it.
         """
-        head = _HEAD.unpack_from
-        append = facts.append
         try:
             while at < end and limit > 0:
-                length, _, kind, pid, time, start, ppid, extra = head(data, at)
-                if length & BUSY:
+                state, kind = data[at + 3], data[at + 8]  # the byte with the busy bit; the kind's low byte
+                if state & _BUSY_BYTE:
                     break
-                following = at + RING_HEADER + ((length & ~DISCARD) + 7 & ~7)
-                if following > end:
-                    raise DecodeError(f"record of {length} bytes, {end - at} are there")
-                if length & DISCARD:
-                    pass
+                if state & _DISCARD_BYTE:
+                    length = _HEAD.unpack_from(data, at)[0] & ~DISCARD
                 elif kind == EXEC:
-                    append(self._exec(data, at, following, pid, time, start, ppid, extra))
+                    length = self._exec(data, at, end, facts)
                 elif kind == FORK:
-                    append(Fork(time, pid, ppid, start, self._fork_cgroup(data, at, following, extra)))
+                    length = self._fork(data, at, end, facts)
                 elif kind == EXIT:
-                    append(self._exit(data, at, following, pid, time, start, ppid, extra))
+                    length = self._exit(data, at, end, facts)
+                elif kind == ARGV:
+                    length = self._argv(data, at, end)
+                elif kind == EXEC_FAILED:
+                    length = self._exec_failed(data, at, end, facts)
                 else:
-                    self._rare(data, at, following, kind, pid, time, extra, facts)
-                at = following
+                    raise DecodeError(f"record of kind {kind}")
+                at += RING_HEADER + (length + 7 & ~7)
                 limit -= 1
-        except struct.error as error:
-            raise DecodeError(f"record is cut: {error}") from None
+        except (struct.error, IndexError):
+            raise DecodeError("the last record is cut") from None
         return at
 
-    def _exec(
-        self, data: bytes | memoryview, at: int, end: int, pid: int, time: int, start: int, ppid: int, flags: int
-    ) -> Exec:
+    def _exec(self, data: Bytes, at: int, end: int, facts: list[Fact]) -> int:
         # One line for each group of the record: a name on a line each would be forty lines.
         # fmt: off
-        (inode, size, dev, peak,
+        (length, pid, time, start, ppid, flags,
+         inode, size, dev, peak,
          uid, gid, euid, egid, auid, session, tty, ns_pid, namespaces, comm,
-         argv_here, argv_before, exe_size, cwd_size, cgroup_size, file_size) = _EXEC.unpack_from(data, at + 40)
+         argv_here, argv_before, exe_size, cwd_size, cgroup_size, file_size) = _EXEC.unpack_from(data, at)
         # fmt: on
-        names_at = at + 168
+        names_at = at + _EXEC.size
         argv_at = names_at + exe_size + cwd_size + cgroup_size + file_size
         argv_end = argv_at + argv_here
-        if argv_end > end:
-            raise DecodeError(f"strings end {argv_end - end} bytes after the record")
-        key = bytes(data[names_at - 8 : argv_at])  # the lengths say where one name ends
+        _check(argv_end, at, length, end)
+        key = data[names_at - _LENGTHS.size : argv_at]  # the lengths say where one name ends
         exe, cwd, cgroup, file = self._names.get(key) or self._new_names(key)
-        raw = bytes(data[argv_at:argv_end])
+        raw = data[argv_at:argv_end]
         if argv_before:
             raw = self._parts.pop(pid, b"") + raw
         argv = raw.decode("utf-8", "surrogateescape").split("\0")
@@ -199,18 +200,43 @@ class Decoder:
         if argv_before and len(raw) != argv_before + argv_here:
             details.argv = None
             details.missing["argv"] = LOST
-        return Exec(time, pid, details)
+        facts.append(Exec(time, pid, details))
+        return length  # type: ignore[no-any-return]
 
-    def _exit(
-        self, data: bytes | memoryview, at: int, end: int, pid: int, time: int, start: int, ppid: int, flags: int
-    ) -> Exit:
-        utime, stime, runtime, peak, group_peak, status, comm = _EXIT.unpack_from(data, at + 40)
-        if at + 104 > end:
-            raise DecodeError(f"exit record of {end - at} bytes")
+    def _fork(self, data: Bytes, at: int, end: int, facts: list[Fact]) -> int:
+        length, pid, time, start, ppid, size = _HEAD.unpack_from(data, at)
+        cgroup_at = at + _AFTER_HEAD
+        _check(cgroup_at + size, at, length, end)
+        facts.append(Fork(time, pid, ppid, start, path(data[cgroup_at : cgroup_at + size]) if size else None))
+        return length  # type: ignore[no-any-return]
+
+    def _exit(self, data: Bytes, at: int, end: int, facts: list[Fact]) -> int:
+        # fmt: off
+        (length, pid, time, start, ppid, flags,
+         utime, stime, runtime, peak, group_peak, status, comm) = _EXIT.unpack_from(data, at)
+        # fmt: on
+        _check(at + _EXIT.size, at, length, end)
         user, system = (runtime, 0) if not stime else cpu_times(utime, stime, runtime)
-        max_rss = self._late_peak(pid, group_peak) if flags & NO_MM else peak * PAGESIZE
+        max_rss = self._late_peak(pid, group_peak) if flags & NO_MM else peak * mmap.PAGESIZE
         comm_text = self._comms.get(comm) or self._new_comm(comm)
-        return Exit(time, pid, status, Usage(user, system, max_rss), start, ppid, comm_text)
+        facts.append(Exit(time, pid, status, Usage(user, system, max_rss), start, ppid, comm_text))
+        return length  # type: ignore[no-any-return]
+
+    def _argv(self, data: Bytes, at: int, end: int) -> int:
+        length, pid, _, _, _, size = _HEAD.unpack_from(data, at)
+        argv_at = at + _AFTER_HEAD
+        _check(argv_at + size, at, length, end)
+        if pid not in self._parts and len(self._parts) >= _PARTS:
+            self._parts.clear()  # their exec records were dropped
+        self._parts[pid] = self._parts.get(pid, b"") + data[argv_at : argv_at + size]
+        return length  # type: ignore[no-any-return]
+
+    def _exec_failed(self, data: Bytes, at: int, end: int, facts: list[Fact]) -> int:
+        length, pid, time, _, _, size, error = _FAILED.unpack_from(data, at)
+        file_at = at + _FAILED.size
+        _check(file_at + size, at, length, end)
+        facts.append(ExecFailed(time, pid, data[file_at : file_at + size].decode("utf-8", "surrogateescape"), error))
+        return length  # type: ignore[no-any-return]
 
     def _late_peak(self, pid: int, group_peak: int) -> int | None:
         """
@@ -220,32 +246,7 @@ class Decoder:
         if self._peaks is None:
             self._peaks = {}
         before = self._peaks.pop(pid, None)
-        return group_peak * PAGESIZE if before is not None and group_peak > before else None
-
-    def _fork_cgroup(self, data: bytes | memoryview, at: int, end: int, size: int) -> str | None:
-        if not size:
-            return None
-        if at + 40 + size > end:
-            raise DecodeError(f"cgroup of {size} bytes is longer than its record")
-        return path(bytes(data[at + 40 : at + 40 + size]))
-
-    def _rare(
-        self, data: bytes | memoryview, at: int, end: int, kind: int, pid: int, time: int, size: int, facts: list[Fact]
-    ) -> None:
-        if kind == ARGV:
-            if at + 40 + size > end:
-                raise DecodeError(f"{size} bytes of arguments are longer than their record")
-            if pid not in self._parts and len(self._parts) >= _PARTS:
-                self._parts.clear()  # their exec records were dropped
-            self._parts[pid] = self._parts.get(pid, b"") + bytes(data[at + 40 : at + 40 + size])
-        elif kind == EXEC_FAILED:
-            (error,) = _FAILED.unpack_from(data, at + 40)
-            if at + 48 + size > end:
-                raise DecodeError(f"file name of {size} bytes is longer than its record")
-            name = bytes(data[at + 48 : at + 48 + size]).decode("utf-8", "surrogateescape")
-            facts.append(ExecFailed(time, pid, name, error))
-        else:
-            raise DecodeError(f"record of kind {kind}")
+        return group_peak * mmap.PAGESIZE if before is not None and group_peak > before else None
 
     def _new_names(self, key: bytes) -> Names:
         exe, cwd, cgroup, file = _LENGTHS.unpack_from(key)
@@ -264,6 +265,11 @@ class Decoder:
     def _new_namespaces(self, numbers: bytes) -> dict[str, int]:
         pairs = zip(_NAMESPACE_NAMES, _NAMESPACES.unpack(numbers), strict=True)
         return _remember(self._namespaces, numbers, {name: number for name, number in pairs if number})
+
+
+def _check(inner_end: int, at: int, length: int, end: int) -> None:
+    if not inner_end <= at + RING_HEADER + length <= end:
+        raise DecodeError(f"record of {length} bytes does not hold what it says")
 
 
 def _remember(cache: dict[bytes, V], key: bytes, value: V) -> V:

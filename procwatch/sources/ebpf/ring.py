@@ -27,7 +27,7 @@ ORDERED = os.uname().machine in ("x86_64", "i686")
 
 class Ring:
     """
-    Positions are counted in bytes since the beginning of time; `data` is where the next record begins modulo `size`.
+    The kernel counts positions in bytes since the beginning of time; here they are offsets into `data`.
 
     Args:
         fd: The map. It stays the caller's.
@@ -44,7 +44,7 @@ class Ring:
         # Views of 64-bit words: one load or store each, where mmap's own slices copy bytes.
         self._consumer = memoryview(self._ours).cast("Q")
         self._producer = memoryview(self._theirs)[:8].cast("Q")
-        self.data = memoryview(self._theirs)[page:]
+        self.data = self._theirs
 
     def pending(self) -> tuple[int, int]:
         """
@@ -52,7 +52,7 @@ class Ring:
         """
         consumed = self._consumer[0]
         produced = self._producer[0]
-        begin = consumed & self._mask
+        begin = mmap.PAGESIZE + (consumed & self._mask)
         end = begin + produced - consumed
         if not self._ordered and begin != end:
             loader.membarrier(_GLOBAL_EXPEDITED)
@@ -80,7 +80,7 @@ class Ring:
         """
         Unmap.
         """
-        for view in (self._consumer, self._producer, self.data):
+        for view in (self._consumer, self._producer):
             view.release()
         self._ours.close()
         self._theirs.close()
