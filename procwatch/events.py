@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 from datetime import datetime
 from signal import Signals
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from msgspec import Struct
 
@@ -164,7 +164,7 @@ class Exec(ProcessEvent, frozen=True, kw_only=True, tag="exec", omit_defaults=Tr
     A process runs another program.
     """
 
-    event: ClassVar[str] = "exec"
+    event: ClassVar[Literal["exec"]] = "exec"
     forked: bool | None = None  # True: this line tells the birth of the process, too
 
 
@@ -173,7 +173,7 @@ class Fork(ProcessEvent, frozen=True, kw_only=True, tag="fork", omit_defaults=Tr
     A process was born, and did not execute a program soon after.
     """
 
-    event: ClassVar[str] = "fork"
+    event: ClassVar[Literal["fork"]] = "fork"
 
 
 class Running(ProcessEvent, frozen=True, kw_only=True, tag="running", omit_defaults=True):
@@ -181,7 +181,7 @@ class Running(ProcessEvent, frozen=True, kw_only=True, tag="running", omit_defau
     A process that was there already: at the start, or found by the look after a loss.
     """
 
-    event: ClassVar[str] = "running"
+    event: ClassVar[Literal["running"]] = "running"
     via: str | None = None  # "snapshot" or "resync"
 
 
@@ -190,7 +190,7 @@ class Exit(ProcessEvent, frozen=True, kw_only=True, tag="exit", omit_defaults=Tr
     A process ended; with what its exec said.
     """
 
-    event: ClassVar[str] = "exit"
+    event: ClassVar[Literal["exit"]] = "exit"
     code: int | None
     signal: int | None  # that killed it; `code` is None then
     core_dumped: bool | None
@@ -220,7 +220,7 @@ class Vanished(ProcessEvent, frozen=True, kw_only=True, tag="vanished", omit_def
     A process that was known is gone, and its end was not seen.
     """
 
-    event: ClassVar[str] = "vanished"
+    event: ClassVar[Literal["vanished"]] = "vanished"
 
 
 class Comm(ProcessEvent, frozen=True, kw_only=True, tag="comm", omit_defaults=True):
@@ -228,7 +228,7 @@ class Comm(ProcessEvent, frozen=True, kw_only=True, tag="comm", omit_defaults=Tr
     A process gave itself another name: `comm` is the new one.
     """
 
-    event: ClassVar[str] = "comm"
+    event: ClassVar[Literal["comm"]] = "comm"
 
 
 class Uid(ProcessEvent, frozen=True, kw_only=True, tag="uid", omit_defaults=True):
@@ -236,7 +236,7 @@ class Uid(ProcessEvent, frozen=True, kw_only=True, tag="uid", omit_defaults=True
     A process changed its user: `uid` and `euid` are the new ones.
     """
 
-    event: ClassVar[str] = "uid"
+    event: ClassVar[Literal["uid"]] = "uid"
 
 
 class Gid(ProcessEvent, frozen=True, kw_only=True, tag="gid", omit_defaults=True):
@@ -244,7 +244,7 @@ class Gid(ProcessEvent, frozen=True, kw_only=True, tag="gid", omit_defaults=True
     A process changed its group: `gid` and `egid` are the new ones.
     """
 
-    event: ClassVar[str] = "gid"
+    event: ClassVar[Literal["gid"]] = "gid"
 
 
 class Sid(ProcessEvent, frozen=True, kw_only=True, tag="sid", omit_defaults=True):
@@ -252,7 +252,7 @@ class Sid(ProcessEvent, frozen=True, kw_only=True, tag="sid", omit_defaults=True
     A process began a session of its own.
     """
 
-    event: ClassVar[str] = "sid"
+    event: ClassVar[Literal["sid"]] = "sid"
 
 
 class Ptrace(ProcessEvent, frozen=True, kw_only=True, tag="ptrace", omit_defaults=True):
@@ -260,7 +260,7 @@ class Ptrace(ProcessEvent, frozen=True, kw_only=True, tag="ptrace", omit_default
     A process is traced by `tracer`, or by nobody any more (0).
     """
 
-    event: ClassVar[str] = "ptrace"
+    event: ClassVar[Literal["ptrace"]] = "ptrace"
     tracer: int
 
 
@@ -269,7 +269,7 @@ class Coredump(ProcessEvent, frozen=True, kw_only=True, tag="coredump", omit_def
     A process is about to die with a core dump.
     """
 
-    event: ClassVar[str] = "coredump"
+    event: ClassVar[Literal["coredump"]] = "coredump"
 
 
 class ExecFailed(ProcessEvent, frozen=True, kw_only=True, tag="exec_failed", omit_defaults=True):
@@ -277,7 +277,7 @@ class ExecFailed(ProcessEvent, frozen=True, kw_only=True, tag="exec_failed", omi
     An exec was refused: `file` is what was asked for, the rest is the process that asked.
     """
 
-    event: ClassVar[str] = "exec_failed"
+    event: ClassVar[Literal["exec_failed"]] = "exec_failed"
     errno: int
     error: str  # "ENOENT"
 
@@ -287,7 +287,7 @@ class Lost(Event, frozen=True, kw_only=True, tag="lost", omit_defaults=True):
     Events were dropped here, by the kernel or by us.
     """
 
-    event: ClassVar[str] = "lost"
+    event: ClassVar[Literal["lost"]] = "lost"
     count: int
     exact: bool  # False: an upper bound, or the best that is known
     where: str
@@ -301,7 +301,7 @@ class ContainerEvent(Event, frozen=True, kw_only=True, tag="container", omit_def
     The names of a container became known.
     """
 
-    event: ClassVar[str] = "container"
+    event: ClassVar[Literal["container"]] = "container"
     container: Container
     cgroup: str | None
 
@@ -311,7 +311,7 @@ class Ready(Event, frozen=True, kw_only=True, tag="ready", omit_defaults=True):
     The first event: what watches, and what does not and why.
     """
 
-    event: ClassVar[str] = "ready"
+    event: ClassVar[Literal["ready"]] = "ready"
     boot_id: str
     version: str
     backend: str
@@ -325,7 +325,7 @@ class Stop(Event, frozen=True, kw_only=True, tag="stop", omit_defaults=True):
     The last event: what was shown, what was lost, and what it cost.
     """
 
-    event: ClassVar[str] = "stop"
+    event: ClassVar[Literal["stop"]] = "stop"
     counts: dict[str, int]  # events of each kind that were shown
     lost: int
     duration_ns: int

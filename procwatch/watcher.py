@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator
 from types import TracebackType
 from typing import Self
 
@@ -84,7 +84,7 @@ class Subscription:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> AnyEvent:
         while not self._queue:
             if self._dropped:
                 self._tell_dropped(None)
@@ -94,7 +94,7 @@ class Subscription:
             else:
                 self._wake.clear()
                 await self._wake.wait()
-        return self._queue.popleft()
+        return self._queue.popleft()  # type: ignore[return-value]
 
     async def batch(self) -> list[Event]:
         """
@@ -432,7 +432,7 @@ class Watcher:
         self._waiting.setdefault(id, []).append(future)
         return await future
 
-    def __aiter__(self) -> AsyncIterator[Event]:
+    def __aiter__(self) -> AsyncIterator[AnyEvent]:
         self._started()
         if self._default is None:
             raise ProcwatchError("this watcher feeds sinks: subscribe() to iterate, too")
@@ -444,7 +444,7 @@ class Watcher:
         return self._pipeline
 
 
-async def watch(**arguments: object) -> AsyncIterator[AnyEvent]:
+async def watch(**arguments: object) -> AsyncGenerator[AnyEvent, None]:
     """
     Every process of this host as it starts and ends; takes the arguments of `Watcher`.
 
@@ -457,10 +457,10 @@ async def watch(**arguments: object) -> AsyncIterator[AnyEvent]:
     """
     async with Watcher(**arguments) as watcher:  # type: ignore[arg-type]
         async for event in watcher:
-            yield event  # type: ignore[misc]
+            yield event
 
 
-def watch_sync(**arguments: object) -> Iterator[AnyEvent]:
+def watch_sync(**arguments: object) -> Generator[AnyEvent, None, None]:
     """
     The same without asyncio: an ordinary generator, on a private loop.
 
