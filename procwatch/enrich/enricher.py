@@ -78,6 +78,7 @@ class Enricher:
         self._users = Users(self._user_worker)
         self._places: OrderedDict[str, Placed] = OrderedDict()
         self._known: dict[str, _Known] = {}  # by the container's own cgroup
+        self._keys: dict[str, str] = {}  # cgroup -> that of its container, in `_known`
         self._pending: set[str] = set()
         self._answers: deque[_Answer] = deque()
         self._gone: deque[list[str]] = deque()
@@ -133,8 +134,8 @@ class Enricher:
                     self._put(cgroup, known.container)
                 if answer.container is not None:
                     found.append((known.container, key))
-            known.cgroups.add(answer.cgroup)
             self._put(answer.cgroup, known.container)
+            self._join(answer.cgroup, key, known)
         if self._known and not self._sweeping:
             self._sweep_later()
         return found
@@ -167,8 +168,8 @@ class Enricher:
         while len(self._places) >= self._capacity:
             self._drop(next(iter(self._places)))
         self._places[cgroup] = placed
-        if known is not None:
-            known.cgroups.add(cgroup)
+        if known is not None and ref is not None:
+            self._join(cgroup, ref.cgroup, known)
         if self._is_new(cgroup, place) and self._worker.submit(lambda: self._look(cgroup, place, 0)):
             self._pending.add(cgroup)
         return placed
@@ -186,23 +187,30 @@ class Enricher:
         _, unit, user = self._places[cgroup]
         self._places[cgroup] = (container, unit, user)
 
-    def _drop(self, cgroup: str) -> None:
-        container = self._places.pop(cgroup)[0]
-        self._pending.discard(cgroup)
-        if container is None:
-            return
-        for key in _above(cgroup):
-            known = self._known.get(key)
-            if known is None:
-                continue
-            known.cgroups.discard(cgroup)
-            if not known.cgroups:
+    def _join(self, cgroup: str, key: str, known: _Known) -> None:
+        """
+        `cgroup` is in the container `known` now, and not in one around it any more.
+        """
+        if self._keys.get(cgroup, key) != key:
+            self._leave(cgroup)
+        self._keys[cgroup] = key
+        known.cgroups.add(cgroup)
+
+    def _leave(self, cgroup: str) -> None:
+        key = self._keys.pop(cgroup, None)
+        if key is not None:
+            self._known[key].cgroups.discard(cgroup)
+            if not self._known[key].cgroups:
                 del self._known[key]
 
+    def _drop(self, cgroup: str) -> None:
+        del self._places[cgroup]
+        self._pending.discard(cgroup)
+        self._leave(cgroup)
+
     def _forget(self, key: str) -> None:
-        known = self._known.pop(key, None)
-        for cgroup in known.cgroups if known else ():
-            self._places.pop(cgroup, None)
+        for cgroup in list(self._known[key].cgroups) if key in self._known else ():
+            self._drop(cgroup)
 
     # In the worker.
 
@@ -234,11 +242,3 @@ class Enricher:
         self._gone.append([*(gone & self._fading), *replaced])
         self._fading = gone
         self._wake()
-
-
-def _above(cgroup: str) -> list[str]:
-    """
-    A path and all the directories above it.
-    """
-    parts = cgroup.split("/")
-    return ["/".join(parts[:end]) for end in range(len(parts), 1, -1)]

@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from procwatch.enrich import mounts
-from procwatch.enrich.containers import ContainerRef, Place
+from procwatch.enrich.containers import ContainerRef, Place, parse
 from procwatch.enrich.runtimes import Found, Roots, containerd, crio, docker, kubelet, machines, podman, runc
 from procwatch.enrich.tree import Tree
 from procwatch.events import Container, Pod
@@ -94,7 +94,26 @@ class Names:
             if inner is None:
                 break
             found = inner
-        return found
+        return found if found is not None else self._elsewhere(cgroup)
+
+    def _elsewhere(self, cgroup: str) -> ContainerRef | None:
+        """
+        The container of a cgroup by its processes' places in the other hierarchies.
+
+        On hosts with v1 and v2 side by side, runc in a container makes its v2 cgroup outside of that container's.
+        """
+        pid = self._process_of(cgroup, "") if len(self._mounts()) > 1 else None
+        others = _cgroups_of(pid) if pid else set()
+        if cgroup not in others:
+            return None
+        for other in sorted(others - {cgroup, "/"}, key=len):
+            place = parse(other)
+            found = place.container
+            if found is None and may_be_claimed(other, place):
+                found = self._claimed(other, None)
+            if found is not None:
+                return self._claimed(other, found) or found
+        return None
 
     def lookup(self, ref: ContainerRef) -> Container | None:
         """
@@ -242,7 +261,7 @@ class Names:
             return
         with tree:
             # Only now, with the root held: a number could be another process's by the time that it was opened.
-            same = _is_in(pid, around.cgroup)
+            same = any(mounts.is_below(cgroup, around.cgroup) for cgroup in _cgroups_of(pid))
             yield _Trees(tree, replace(self._roots, prefix="/"), seen, around.cgroup + "/") if same else None
 
     def _process_of(self, cgroup: str, besides: str) -> int | None:
@@ -252,7 +271,7 @@ class Names:
         for directory in mounts.directories_of(cgroup, self._mounts()):
             for place in (directory, *_children(directory)):
                 name = place.removeprefix(directory)
-                if name and mounts.is_below(besides, cgroup + name):
+                if besides and name and mounts.is_below(besides, cgroup + name):
                     continue
                 try:
                     with open(f"{place}/cgroup.procs", encoding="ascii") as file:
@@ -300,12 +319,15 @@ def _home(uid: int) -> str | None:
         return None
 
 
-def _is_in(pid: int, cgroup: str) -> bool:
+def _cgroups_of(pid: int) -> set[str]:
+    """
+    Where a process is in all hierarchies.
+    """
     try:
         with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-            return any(mounts.is_below(line.rstrip("\n").split(":", 2)[-1], cgroup) for line in file)
+            return {line.rstrip("\n").split(":", 2)[2] for line in file if line.count(":") >= 2}
     except OSError:
-        return False
+        return set()
 
 
 def _children(directory: str) -> list[str]:
