@@ -1,0 +1,128 @@
+"""
+What an opened file is: path, identity, kind. Shared by the two fanotify sources.
+"""
+
+from __future__ import annotations
+
+import os
+
+from procwatch.facts import Opened
+from procwatch.sources import libc
+from procwatch.wire import elf
+
+# Files whose first bytes are remembered. A host runs some hundreds of programs.
+CACHE = 4096
+
+_DELETED = " (deleted)"
+_MACHINES = elf.MACHINES.get(os.uname().machine)
+
+
+class Files:
+    """
+    Describes files that fanotify handed over as open descriptors.
+
+    The path is what readlink gives for the descriptor, and that is what /proc/PID/exe shows to a reader on the host:
+    both are the kernel's d_path() from the reader's root. Tried: for a file on a mount of another namespace, or of a
+    container after pivot_root, it is the path inside; in a chroot the path from the real root; on a detached mount the
+    path from that mount's root.
+    """
+
+    def __init__(self) -> None:
+        # By device, inode, change time and size: whoever writes to a file changes its time.
+        self._heads: dict[tuple[int, int, int, int], tuple[str, str | None]] = {}
+        self._last: dict[int, os.stat_result] = {}
+        self._before: dict[int, os.stat_result] = {}
+        memory = os.memfd_create("procwatch")
+        self._memory_dev = os.fstat(memory).st_dev
+        os.close(memory)
+
+    def next_batch(self) -> None:
+        """
+        Forget the opens of all but the last batch.
+        """
+        self._before, self._last = self._last, {}
+
+    def describe(self, fd: int, pid: int, time_ns: int) -> Opened:
+        """
+        The fact for one open by `pid`. Without a path when it is longer than the kernel can tell.
+        """
+        status = os.fstat(fd)
+        try:
+            path = os.readlink(b"/proc/self/fd/%d" % fd).decode("utf-8", "surrogateescape")
+        except OSError:
+            path = ""
+        deleted = memfd = False
+        if path.endswith(_DELETED) and (status.st_nlink == 0 or not _is_named(path, status)):
+            path, deleted = path[: -len(_DELETED)], True
+            memfd = status.st_dev == self._memory_dev and path.startswith("/memfd:")
+        key = (status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size)
+        head = self._heads.get(key)
+        if head is None:
+            head = self._read_head(fd, key)
+        before = self._last.get(pid) or self._before.get(pid)
+        over = before is not None and before.st_dev != status.st_dev and _is_over(before, status, fd)
+        self._last[pid] = status
+        kind, interpreter = head
+        return Opened(
+            time_ns,
+            pid,
+            path,
+            deleted,
+            memfd,
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+            kind,
+            interpreter,
+            over=over,
+        )
+
+    def _read_head(self, fd: int, key: tuple[int, int, int, int]) -> tuple[str, str | None]:
+        try:
+            head = _read(fd)
+        except OSError:  # an I/O error of the filesystem: the exec fails as well
+            return elf.OTHER.kind, None
+        if len(self._heads) >= CACHE:
+            del self._heads[next(iter(self._heads))]
+        self._heads[key] = head
+        return head
+
+
+def _read(fd: int) -> tuple[str, str | None]:
+    first = os.pread(fd, elf.FIRST_BYTES, 0)
+    head = elf.head(first, _MACHINES)
+    if head.kind != "elf":
+        return head.kind, head.interpreter
+    headers = _piece(fd, first, *elf.headers_range(head))
+    name = _piece(fd, first, *elf.interpreter_range(head, headers))
+    return head.kind, elf.name(name)
+
+
+def _piece(fd: int, first: bytes, offset: int, size: int) -> bytes:
+    return first[offset : offset + size] if offset + size <= len(first) else os.pread(fd, size, offset)
+
+
+def _is_named(path: str, status: os.stat_result) -> bool:
+    """
+    Whether a file is really called "something (deleted)".
+    """
+    try:
+        named = os.stat(os.fsencode(path))
+    except (OSError, ValueError):
+        return False
+    return (named.st_dev, named.st_ino) == (status.st_dev, status.st_ino)
+
+
+def _is_over(below: os.stat_result, status: os.stat_result, fd: int) -> bool:
+    """
+    Whether this is a file of an overlay, and the open before was of the layer's file beneath it.
+
+    overlayfs opens the real file with the same flags, so that an exec gives two events, the layer's first. Its path is
+    one that exists nowhere: from the root of the overlay's own private mount.
+    """
+    return (
+        below.st_ctime_ns == status.st_ctime_ns
+        and below.st_mtime_ns == status.st_mtime_ns
+        and below.st_size == status.st_size
+        and libc.filesystem_magic(fd) == libc.OVERLAYFS_SUPER_MAGIC
+    )
