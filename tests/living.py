@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 NOBODY = 65534
 CLONE_NEWNS = 0x00020000
+CLONE_NEWPID = 0x20000000
 MS_REC_PRIVATE = 0x4000 | 0x40000
 
 
@@ -48,17 +49,27 @@ def python(code: str, *args: str) -> Iterator[subprocess.Popen[bytes]]:
         yield process
 
 
-def elsewhere(work: Callable[[], T], *, uid: int | None = None, hidepid: str | None = None) -> T:
+def elsewhere(
+    work: Callable[[], T],
+    *,
+    uid: int | None = None,
+    hidepid: str | None = None,
+    pid_namespace: bool = False,
+    foreign_proc: bool = False,
+) -> T:
     """
-    What `work` returns in a forked child: as another user, with another /proc.
+    What `work` returns in a forked child: as another user, with another /proc, as pid 1 of a new namespace, or as
+    that with the old namespace's /proc.
     """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         result: object
         try:
-            if hidepid is not None:
-                _own_proc(hidepid)
+            if pid_namespace or foreign_proc:
+                _in_new_namespace()
+            if hidepid is not None or pid_namespace:
+                _own_proc(hidepid or "0")
             if uid is not None:
                 os.setgroups([])
                 os.setresgid(uid, uid, uid)
@@ -76,6 +87,18 @@ def elsewhere(work: Callable[[], T], *, uid: int | None = None, hidepid: str | N
     good, value = pickle.loads(data)  # written by ourselves
     assert good, value
     return value  # type: ignore[no-any-return]
+
+
+def _in_new_namespace() -> None:
+    """
+    Go on as pid 1; the process that was ours only waits.
+    """
+    if ctypes.CDLL(None).unshare(CLONE_NEWPID):
+        raise OSError("no new pid namespace")
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        os._exit(0)
 
 
 def _own_proc(hidepid: str) -> None:

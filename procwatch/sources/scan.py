@@ -346,6 +346,8 @@ class Scan:
         if state is None or state.start_ticks != process.start_ticks or state.ended:
             if process.fd < 0:  # else the pidfd tells, and keeps the status
                 self._end(process, self._now_ns, procfs.exit_status(process.pid, process.start_ticks), facts)
+                if state is not None and not state.ended:
+                    self._meet(process.pid, facts)  # the number is in use again
             return
         if state.ending or not _executed(process, state):
             return
