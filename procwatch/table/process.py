@@ -163,4 +163,4 @@ def changed(details: Details, **fields: object) -> Details:
     """
     A copy with some fields replaced: details are shared between parent and child, so they are never changed in place.
     """
-    return replace(details, **fields)
+    return replace(details, unread=None, **fields)

@@ -287,9 +287,7 @@ class Table:
         if details is None:
             details = _unread(process.details if process is not None else _NOBODY)
         elif process is not None and not _same(process, details):
-            if process.start_inferred and abs(process.start_ticks - (details.start_ticks or 0)) <= 1:
-                pass  # the stamp of the fork is taken some µs after the start, here across a tick
-            elif fact.read_ns > fact.time_ns:
+            if fact.read_ns > fact.time_ns:
                 details = _unread(process.details)  # the pid is another process's by now
             else:
                 self._vanish(process, fact.time_ns)
@@ -304,6 +302,7 @@ class Table:
         process.tids = None  # an exec ends all other threads, and the one that called it becomes the leader
         process.others = 0
         process.leader_alive = True
+        self._doubtful.pop(fact.pid, None)
         process.set_details(details)
         forked = self._merge(process)
         if "exec" in self._kinds:
@@ -365,6 +364,8 @@ class Table:
             details = changed(process.details, **fields)
             if any(name in details.inferred for name in fields):
                 details.inferred = tuple(name for name in details.inferred if name not in fields)
+            if any(name in details.missing for name in fields):
+                details.missing = {name: why for name, why in details.missing.items() if name not in fields}
             process.details = details  # what was inherited stays so: only these fields are its own
             process.view = None
         if what in self._kinds:
@@ -506,6 +507,9 @@ class Table:
         if usage is None:
             usage = _NO_USAGE
             missing = {**(missing or {}), **_NOT_ACCOUNTED}
+        born_ns = process.born_ns or process.start_ticks * NS_PER_TICK
+        if not born_ns:
+            missing = {**(missing or {}), "duration_ns": LOST}
         self._out.append(
             self._event(
                 events.Exit,
@@ -515,7 +519,7 @@ class Table:
                 code=code,
                 signal=number or None,
                 core_dumped=core,
-                duration_ns=time_ns - (process.born_ns or process.start_ticks * NS_PER_TICK),
+                duration_ns=time_ns - born_ns if born_ns else None,
                 cpu_user_ns=usage.cpu_user_ns,
                 cpu_system_ns=usage.cpu_system_ns,
                 max_rss_bytes=usage.max_rss_bytes,
@@ -544,7 +548,7 @@ class Table:
             if process is None or self._look is None:
                 continue
             details = self._look(pid)
-            if details.start_ticks != process.start_ticks or (details.threads or 0) <= 1:
+            if not _same(process, details) or (details.threads or 0) <= 1:
                 self._end(process, now_ns, process.leader_status, None)
 
     def _set_start(self, process: Process, start: int) -> None:
@@ -634,7 +638,10 @@ def _same(process: Process, details: Details) -> bool:
     """
     Whether what was read under this pid is of this very process.
     """
-    return details.start_ticks is None or details.start_ticks == process.start_ticks
+    if details.start_ticks is None or details.start_ticks == process.start_ticks:
+        return True
+    # The stamp of the fork is taken some µs after the start, sometimes across a tick.
+    return process.start_inferred and abs(details.start_ticks - process.start_ticks) <= 1
 
 
 _NOT_ACCOUNTED = {"cpu_user_ns": NOT_REPORTED, "cpu_system_ns": NOT_REPORTED, "max_rss_bytes": NOT_REPORTED}
