@@ -24,7 +24,8 @@ class Files:
     The path is what readlink gives for the descriptor, and that is what /proc/PID/exe shows to a reader on the host:
     both are the kernel's d_path() from the reader's root. Tried: for a file on a mount of another namespace, or of a
     container after pivot_root, it is the path inside; in a chroot the path from the real root; on a detached mount the
-    path from that mount's root.
+    path from that mount's root. The last is also what is left of a mount that went away before we read: that of a
+    mount namespace, for instance, which ended with the process.
     """
 
     def __init__(self) -> None:

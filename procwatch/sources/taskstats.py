@@ -221,39 +221,42 @@ class Taskstats:
         except DecodeError:
             self._undecoded += 1
             return
-        for record in records:
-            if record.last is False:
-                self._remember(record)
-            else:
-                facts.append(self._account(record, now))
+        facts.extend(self.account(record, now) for record in records if self.is_end(record))
 
-    def _remember(self, record: Record) -> None:
+    def is_end(self, record: Record) -> bool:
         """
-        Sum up threads that ended before their process.
+        Whether a process is over; if only a thread of it is, its usage is kept for then.
         """
+        if record.last is not False:
+            return True
         before = self._groups.pop(record.pid, None)
         if before is not None:
             _add(record, before)
         elif len(self._groups) >= GROUPS:  # the one whose last thread ended longest ago
             del self._groups[next(iter(self._groups))]
         self._groups[record.pid] = record
+        return False
 
-    def _account(self, record: Record, now: int) -> Accounted:
+    def account(self, record: Record, now: int) -> Accounted:
+        """
+        The fact for a process that is over.
+        """
         before = self._groups.pop(record.pid, None)
         if before is not None:
             _add(record, before)
-        group = record.tid != record.pid or record.group_user_us or record.group_system_us
-        known = record.last is not None or not group
         # What ended before we listened is in the kernel's sum only.
-        user = max(record.user_us, record.group_user_us)
-        system = max(record.system_us, record.group_system_us)
+        user = max(record.user_us, record.group_user_us) * 1000
+        system = max(record.system_us, record.group_system_us) * 1000
+        # Before version 12 `pid` is the number of the last thread's group, and the other threads' times are unknown.
+        several = record.version < taskstats.WITH_EXE and record.last is True
+        known = not several or bool(record.group_user_us or record.group_system_us)
         elapsed = record.elapsed_us * 1000
         return Accounted(
             now,
             record.pid,
             Usage(
-                user * 1000 if known else None,
-                system * 1000 if known else None,
+                user if known else None,
+                system if known else None,
                 record.max_rss_kib * 1024 or None,
                 record.read_bytes,
                 record.write_bytes,
