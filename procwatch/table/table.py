@@ -60,6 +60,40 @@ _NO_USAGE = Usage()
 _NOBODY = Details(missing=dict.fromkeys(AT_FORK, LOST))
 
 
+class Names(Protocol):
+    """
+    What the table asks of the enrich stage; each answer is a dictionary's, never waits.
+    """
+
+    def user(self, uid: int | None) -> str | None:
+        """
+        The name of a user of this host.
+        """
+
+    def place(self, cgroup: str | None) -> tuple[Container | None, str | None, int | None]:
+        """
+        Container, systemd unit, and the owner of a user unit, of a cgroup path.
+        """
+
+
+class NoNames:
+    """
+    For who wants none, and for tests.
+    """
+
+    def user(self, uid: int | None) -> str | None:
+        """
+        Nobody.
+        """
+        return None
+
+    def place(self, cgroup: str | None) -> tuple[Container | None, str | None, int | None]:
+        """
+        Nowhere.
+        """
+        return None, None, None
+
+
 class _Held:
     """
     The place of a fork in the output, while it is not decided.
@@ -112,7 +146,7 @@ class Table:
         self._names = names or NoNames()
         self._look = look
         self._ancestors = ancestors
-        self._out: deque[Event | Draft | _Held] = deque()
+        self._out: deque[Event | _Held] = deque()
         self._accounts: dict[int, Accounted] = {}
         self._doubtful: dict[int, int] = {}  # leader dead, other threads believed alive: pid -> when to look
         self._apply: dict[type[Fact], Callable[[Any], None]] = {
@@ -526,46 +560,69 @@ class Table:
 
     # Events
 
-    def _tell(
-        self,
-        kind: type[ProcessEvent],
-        process: Process,
-        time_ns: int,
-        tail: Struct | None = None,
-        missing: dict[str, str] | None = None,
-    ) -> None:
+    def _tell(self, kind: type[ProcessEvent], process: Process, time_ns: int, **extra: Any) -> None:
         if kind.event in self._kinds:
-            self._out.append(self._draft(kind, process, time_ns, tail, missing))
+            self._out.append(self._event(kind, process, time_ns, **extra))
 
-    def _draft(
+    def _event(
         self,
         kind: type[ProcessEvent],
         process: Process,
         time_ns: int,
-        tail: Struct | None = None,
-        missing: dict[str, str] | None = None,
-    ) -> Draft:
+        missing: Mapping[str, str] | None = None,
+        **extra: Any,
+    ) -> ProcessEvent:
         """
-        What is known of a process now.
-
-        Args:
-            kind: Of the event.
-            process: Of whom.
-            time_ns: When, CLOCK_BOOTTIME.
-            tail: The fields that only this kind has.
-            missing: Which of these could not be had.
+        What is known of a process, as an event.
         """
         details = process.details
-        inferred: Sequence[str] = details.inferred
-        if process.inherited:
-            inferred = as_inferred(process, AT_FORK)
+        inferred = as_inferred(details, AT_FORK) if process.inherited else list(details.inferred)
         if process.start_inferred:
-            inferred = (*inferred, "id")
-        known = details.missing
-        if process.argv_missing is not None:
-            known = {**known, "argv": process.argv_missing}
-        who = process.who or process.introduce(self._ancestors)
-        return Draft(kind, time_ns, who, details, {**known, **missing} if missing else known, inferred, tail)
+            inferred.append("id")
+        container, unit, unit_user = self._names.place(details.cgroup)
+        parent = process.parent
+        ancestors: list[Parent] | None = None
+        if self._ancestors:
+            ancestors = [a.as_parent() for a in islice(process.ancestors(), self._ancestors)]
+        return kind(
+            self._stamp(time_ns),
+            self._host,
+            process.id,
+            process.pid,
+            process.ppid,
+            details.exe,
+            details.exe_deleted,
+            details.file,
+            details.script,
+            details.argv,
+            details.argv_truncated,
+            details.comm,
+            details.cwd,
+            details.uid,
+            details.gid,
+            details.euid,
+            details.egid,
+            self._names.user(details.uid),
+            details.tty,
+            details.session,
+            details.cgroup,
+            container,
+            unit,
+            parent.as_parent() if parent is not None else None,
+            {**details.missing, **missing} if missing else details.missing,
+            inferred,
+            unit_user,
+            ancestors,
+            details.exe_dev,
+            details.exe_inode,
+            details.exe_size,
+            details.exe_memfd,
+            details.ns_pid,
+            details.namespaces,
+            details.auid,
+            details.privileges,
+            **extra,
+        )
 
 
 def _unread(before: Details) -> Details:
