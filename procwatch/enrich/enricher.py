@@ -27,7 +27,6 @@ _NOWHERE: Placed = (None, None, None)
 # or much later where the runtime's disk is slow. An event may be held only for the first ones.
 RETRIES: tuple[float, ...] = (0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
 _HELD = 3
-_SWEEP_S = 5.0
 
 
 class _Answer(NamedTuple):
@@ -44,10 +43,11 @@ class _Answer(NamedTuple):
 
 class _Known(NamedTuple):
     """
-    A container with its names.
+    A container, with its names when it is `named`.
     """
 
     container: Container
+    named: bool
     identity: int | None  # the inode of its cgroup; another one is another container of the same name
     cgroups: set[str]  # in `_places`
 
@@ -59,6 +59,7 @@ class Enricher:
         labels: Patterns of the container labels that are reported.
         on_ready: Called from a worker thread when `collect` has something.
         capacity: Cgroups that are remembered; the one unused for longest goes first, and is looked up again if met.
+        sweep_s: Seconds between two looks for containers that are gone. They are forgotten at the second one.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class Enricher:
         labels: tuple[str, ...] = LABELS,
         on_ready: Callable[[], None] | None = None,
         capacity: int = 8192,
+        sweep_s: float = 5.0,
     ) -> None:
         self._names = Names(roots, labels)
         self._on_ready = on_ready
         self._capacity = capacity
+        self._sweep_s = sweep_s
         # Two threads, because a name service may hang for minutes.
         self._worker = Worker("procwatch-containers")
         self._user_worker = Worker("procwatch-users")
@@ -97,11 +100,11 @@ class Enricher:
         self._places.move_to_end(cgroup)
         return placed
 
-    def user(self, uid: int) -> str | None:
+    def user(self, uid: int | None) -> str | None:
         """
         The name of a user of the host, as far as it is known now.
         """
-        return self._users.name(uid)
+        return None if uid is None else self._users.name(uid)
 
     def pending(self, cgroup: str | None) -> bool:
         """
@@ -126,13 +129,9 @@ class Enricher:
                 continue
             key = answer.ref.cgroup
             known = self._known.get(key)
-            if known is None or (known.container.name is None and answer.container is not None):
-                cgroups = known.cgroups if known else set()
-                known = _Known(answer.container or unnamed(answer.ref), answer.identity, cgroups)
-                self._known[key] = known
-                for cgroup in cgroups:
-                    self._put(cgroup, known.container)
-                if answer.container is not None:
+            if known is None or (answer.container is not None and not known.named):
+                known = self._learn(key, answer.ref, answer)
+                if known.named:
                     found.append((known.container, key))
             self._put(answer.cgroup, known.container)
             self._join(answer.cgroup, key, known)
@@ -183,6 +182,18 @@ class Enricher:
         # Below a known container there may be another one, which only state files tell.
         return place.container.cgroup != cgroup or cgroup not in self._known
 
+    def _learn(self, key: str, ref: ContainerRef, answer: _Answer) -> _Known:
+        """
+        A container is new, or has its names now: all that is in it has them.
+        """
+        before = self._known.get(key)
+        cgroups = before.cgroups if before else set()
+        container = answer.container or unnamed(ref)
+        known = self._known[key] = _Known(container, answer.container is not None, answer.identity, cgroups)
+        for cgroup in cgroups:
+            self._put(cgroup, container)
+        return known
+
     def _put(self, cgroup: str, container: Container) -> None:
         _, unit, user = self._places[cgroup]
         self._places[cgroup] = (container, unit, user)
@@ -232,10 +243,11 @@ class Enricher:
     # Containers that are gone are forgotten, but not at once: their last exits may still be on their way.
 
     def _sweep_later(self) -> None:
-        keys = [(key, known.identity) for key, known in self._known.items()]
-        self._sweeping = self._worker.submit(lambda: self._sweep(keys), _SWEEP_S)
+        # Without an identity there is no way to see that it goes (no cgroup file system here): age has to do.
+        keys = [(key, known.identity) for key, known in self._known.items() if known.identity is not None]
+        self._sweeping = self._worker.submit(lambda: self._sweep(keys), self._sweep_s)
 
-    def _sweep(self, keys: list[tuple[str, int | None]]) -> None:
+    def _sweep(self, keys: list[tuple[str, int]]) -> None:
         now = {key: self._names.identity(key) for key, _ in keys}
         gone = {key for key, _ in keys if now[key] is None}
         replaced = [key for key, identity in keys if now[key] is not None and now[key] != identity]

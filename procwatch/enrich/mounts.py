@@ -66,8 +66,10 @@ def cgroup_of(directory: str, mounts: list[Mount]) -> str | None:
 
 def directories_of(cgroup: str, mounts: list[Mount]) -> list[str]:
     """
-    Where the directory of a cgroup may be found, in the order of /proc/PID/cgroup's trustworthiness: v2, then v1.
+    Where the directory of a cgroup may be found: v2, then systemd's, then the others.
     """
+    if ".." in cgroup.split("/"):
+        return []  # outside of what our cgroup namespace shows
     ordered = sorted(
         (mount for mount in mounts if mount.kind in ("cgroup", "cgroup2") and is_below(cgroup, mount.root)),
         key=lambda mount: (mount.kind != "cgroup2", "name=systemd" not in mount.options),
@@ -75,16 +77,24 @@ def directories_of(cgroup: str, mounts: list[Mount]) -> list[str]:
     return [mount.point.rstrip("/") + "/" + cgroup[len(mount.root.rstrip("/")) :].lstrip("/") for mount in ordered]
 
 
-def is_local(path: str, mounts: list[Mount]) -> bool:
+def of_path(path: str, mounts: list[Mount]) -> Mount | None:
     """
-    Whether reading `path` cannot hang on a server.
+    The mount that `path` is on.
     """
     best: Mount | None = None
     for mount in mounts:
         # Of two mounts at one place the later one hides the other.
         if is_below(path, mount.point) and (best is None or len(mount.point) >= len(best.point)):
             best = mount
-    return best is not None and best.kind in _LOCAL
+    return best
+
+
+def is_local(path: str, mounts: list[Mount]) -> bool:
+    """
+    Whether reading `path` cannot hang on a server.
+    """
+    mount = of_path(path, mounts)
+    return mount is not None and mount.kind in _LOCAL
 
 
 def is_below(path: str, directory: str) -> bool:
