@@ -220,9 +220,13 @@ struct percpu_counter {
 	s64 count;
 };
 
-/* Until 6.2 the counters were plain longs in a structure; since then each is a percpu_counter. */
+struct atomic_long {
+	s64 counter;
+};
+
+/* Until 6.2 the counters were atomic longs in a structure; since then each is a percpu_counter. */
 struct mm_rss_stat___old {
-	long count[4];
+	struct atomic_long count[4];
 };
 
 struct mm_struct {

@@ -643,9 +643,9 @@ static __always_inline u64 resident(struct mm_struct *mm)
 	s64 file, anon, shmem;
 
 	if (bpf_core_field_exists(old->rss_stat.count)) {
-		file = BPF_CORE_READ(old, rss_stat.count[0]);
-		anon = BPF_CORE_READ(old, rss_stat.count[1]);
-		shmem = BPF_CORE_READ(old, rss_stat.count[3]);
+		file = BPF_CORE_READ(old, rss_stat.count[0].counter);
+		anon = BPF_CORE_READ(old, rss_stat.count[1].counter);
+		shmem = BPF_CORE_READ(old, rss_stat.count[3].counter);
 	} else {
 		file = BPF_CORE_READ(mm, rss_stat[0].count);
 		anon = BPF_CORE_READ(mm, rss_stat[1].count);
