@@ -95,20 +95,23 @@ class Event(Struct, frozen=True, tag_field="event", omit_defaults=True):
         return raw_of(self)
 
 
-class ProcessEvent(Event, frozen=True, omit_defaults=True):
+class ProcessEvent(Event, frozen=True, kw_only=True, omit_defaults=True):
     """
     Something happened to one process. See docs/events.md for each field.
     """
 
+    # Who: what is its own.
     id: str
     pid: int
     ppid: int | None
+    argv: list[str] | None
+    argv_truncated: bool
+    parent: Parent | None
+    # What and where: processes of one kind have all of this in common, so it is written out once for all of them.
     exe: str | None
     exe_deleted: bool | None
     file: str | None
     script: str | None
-    argv: list[str] | None
-    argv_truncated: bool
     comm: str | None
     cwd: str | None
     uid: int | None
@@ -121,17 +124,11 @@ class ProcessEvent(Event, frozen=True, omit_defaults=True):
     cgroup: str | None
     container: Container | None
     unit: str | None
-    parent: Parent | None
-    missing: dict[str, str]
-    inferred: list[str]
-    # extras
     unit_user: int | None = None  # uid of the owner of a user unit
-    ancestors: list[Parent] | None = None
     exe_dev: int | None = None
     exe_inode: int | None = None
     exe_size: int | None = None
     exe_memfd: bool | None = None
-    ns_pid: int | None = None
     namespaces: dict[str, int] | None = None
     auid: int | None = None
     privileges: list[str] | None = None
@@ -142,6 +139,11 @@ class ProcessEvent(Event, frozen=True, omit_defaults=True):
     hash: dict[str, str] | None = None
     ns_uid: int | None = None
     audit_session: int | None = None
+    # How much of it is known, and how.
+    missing: dict[str, str]
+    inferred: list[str]
+    ns_pid: int | None = None
+    ancestors: list[Parent] | None = None
 
     def process(self) -> psutil.Process | None:
         """

@@ -63,6 +63,8 @@ class Details(Struct, gc=False):
     auid: int | None = None  # audit login uid, unset = None
     privileges: list[str] | None = None  # gained by this exec: "setuid", "setgid", "capabilities"
     unread: Details | None = None  # the table's: what remains of these after an exec that nobody could read
+    line: bytes | None = None  # formats': these, as they stand in a line of output
+    named: int = 0  # formats': as of which generation of the names
 
 
 class Usage(Struct, gc=False):
@@ -103,7 +105,15 @@ class Exec(Fact, gc=False):
     """
 
     details: Details | None = None
-    read_ns: int = 0  # when `details` were begun to be read; 0: taken in the kernel, at the exec itself
+    read_ns: int = 0  # when `details` had been read; 0: taken in the kernel, at the exec itself
+    # Taken in the kernel: what is the process's own, while `details` are shared by all that are alike otherwise.
+    start_ns: int | None = None  # birth, CLOCK_BOOTTIME; None: all is in `details`
+    ppid: int | None = None
+    argv: list[str] | None = None
+    argv_truncated: bool = False
+    argv_missing: str | None = None
+    ns_pid: int | None = None
+    first: bool = False  # no exec since the fork
 
 
 class Exit(Fact, gc=False):
@@ -113,7 +123,7 @@ class Exit(Fact, gc=False):
 
     status: int | None = None  # as wait(2) gives it; None: unknown
     usage: Usage | None = None
-    start_ticks: int | None = None
+    start_ns: int | None = None  # birth, CLOCK_BOOTTIME
     ppid: int | None = None
     comm: str | None = None
 

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 import time
 from collections.abc import Callable, Collection
 
 from msgspec import Struct
 
 from procwatch import __version__
-from procwatch.clock import Clock
 from procwatch.events import DEFAULT_KINDS, Event, Lost, Ready, Skipped, Stop
 from procwatch.facts import REPLACED, Details, Exec, Fact, Thread
 from procwatch.sources import procfs
 from procwatch.sources.base import Source, SourceStats
-from procwatch.table.table import HOLD_NS, Names, Table
+from procwatch.table.draft import Draft, Maker
+from procwatch.table.table import HOLD_NS, Table
 
 _UNLIMITED = (Ready, Lost, Stop)
 _REPLACED = {"exe": REPLACED, "argv": REPLACED, "comm": REPLACED, "file": REPLACED}
@@ -58,9 +57,9 @@ class Pipeline:
         backend: The rung that was chosen.
         sources: Opened sources, the lead first.
         skipped: What does not run, and why.
+        maker: Has the clock, the name of the host, and those of users and containers.
         kinds: The kinds of events wanted.
         hold_ns: See Table.
-        names: See Table.
         ancestors: See Table.
         limit: Show so many events of processes, then set `finished`.
         look: Reads one process from /proc.
@@ -72,28 +71,26 @@ class Pipeline:
         sources: list[Source],
         skipped: list[Skipped],
         *,
+        maker: Maker,
         kinds: Collection[str] = DEFAULT_KINDS,
         hold_ns: int = HOLD_NS,
-        names: Names | None = None,
         ancestors: int = 0,
         limit: int | None = None,
         look: Callable[[int], Details] = procfs.read,
     ) -> None:
         self.sources = sources
-        self.clock = Clock()
+        self.clock = maker.clock
         self.started_ns = self.clock.now_ns()
         self._cpu_ns = time.process_time_ns()
-        self._host = socket.gethostname()
+        self._host = maker.host
         boot = procfs.boot_id()
         reads_proc = any(source.name == "netlink" for source in sources)
         self._look = look if reads_proc else None
         self.table = Table(
             boot=boot.replace("-", "")[:8],
-            host=self._host,
-            clock=self.clock,
+            maker=maker,
             kinds=kinds,
             hold_ns=hold_ns,
-            names=names,
             look=look if reads_proc else None,
             ancestors=ancestors,
         )
@@ -116,15 +113,15 @@ class Pipeline:
         self._resynced_ns = 0
         self._read_until_ns = NEVER_NS
 
-    def start(self, *, initial: bool = False) -> list[Event]:
+    def start(self, *, initial: bool = False) -> list[Event | Draft]:
         """
         `ready`, then what is alive if `initial`; the sources are open already, so nothing falls between.
         """
         self.table.emit(self.ready)
         self.table.snapshot(procfs.snapshot(), self.started_ns, tell=initial)
-        return self._count(self.table.flush(self.clock.now_ns()))
+        return self._count(self.table.flush_drafts(self.clock.now_ns()))
 
-    def turn(self) -> list[Event]:
+    def turn(self) -> list[Event | Draft]:
         """
         Take what the kernel has now, and give the events that are decided.
         """
@@ -141,7 +138,7 @@ class Pipeline:
         if now >= self._resync_ns:
             self._resync_ns, self._resynced_ns = NEVER_NS, now
             table.resync(procfs.snapshot(), now)
-        return self._count(table.flush(now))
+        return self._count(table.flush_drafts(now))
 
     def deadline_ns(self) -> int | None:
         """
@@ -150,7 +147,7 @@ class Pipeline:
         when = self.table.deadline_ns()
         return self._resync_ns if self._resync_ns != NEVER_NS and (when is None or self._resync_ns < when) else when
 
-    def stop(self) -> list[Event]:
+    def stop(self) -> list[Event | Draft]:
         """
         What the kernel still holds, what was undecided, and `stop`.
         """
@@ -239,7 +236,7 @@ class Pipeline:
         self._proc_reads += len(alive)
         return bool(alive)
 
-    def _count(self, events: list[Event]) -> list[Event]:
+    def _count(self, events: list[Event | Draft]) -> list[Event | Draft]:
         """
         Count what is shown, and stop showing at the limit.
         """

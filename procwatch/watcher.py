@@ -5,23 +5,26 @@ watch(): the pipeline on an asyncio loop. Owns the loop's readers, the timers an
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator
 from types import TracebackType
 from typing import Self
 
 from procwatch import options
+from procwatch.clock import Clock
 from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, Running
 from procwatch.pipeline import Pipeline, Stats
 from procwatch.sources import select
 from procwatch.sources.base import Source
+from procwatch.table.draft import Draft, Maker
 from procwatch.table.process import Process
 
 QUEUE = 65_536
 # Ends that wait_exit() still answers for, after the process left the table.
 RECENT_EXITS = 4096
-Sink = Callable[[list[Event]], None]
+Sink = Callable[[list[Event | Draft]], None]
 
 
 class Subscription:
@@ -176,6 +179,7 @@ class Watcher:
         self._ancestors = ancestors
         self._queue = queue
         self._given = sources
+        self.maker = Maker(socket.gethostname(), Clock())  # makes events of the drafts that sinks get
         self._pipeline: Pipeline | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fds: dict[int, Source] = {}
@@ -213,6 +217,7 @@ class Watcher:
                 selection.backend,
                 selection.sources,
                 selection.skipped + select.limits(selection.sources),
+                maker=self.maker,
                 kinds=self._kinds,
                 hold_ns=self._hold_ns,
                 ancestors=self._ancestors,
@@ -346,11 +351,14 @@ class Watcher:
             wait = max((deadline - self._pipeline.clock.now_ns()) / 1e9, 0.001)
             self._timers["deadline"] = self._loop.call_later(wait, self._turn)
 
-    def _give(self, batch: list[Event]) -> None:
-        if not batch:
+    def _give(self, drafts: list[Event | Draft]) -> None:
+        if not drafts:
             return
         for sink in self._sinks:
-            sink(batch)
+            sink(drafts)
+        if not self._subscriptions and not self._waiting:
+            return
+        batch = list(map(self.maker.event, drafts))
         for subscription in self._subscriptions:
             subscription.put(batch)
         for event in batch:
@@ -401,8 +409,8 @@ class Watcher:
 
     def add_sink(self, sink: Sink) -> None:
         """
-        Call `sink` with each batch of events. One that is added before the start replaces the default consumer, so
-        nobody needs to iterate.
+        Call `sink` with each batch, of events and of drafts that `maker` makes events of. One that is added before the
+        start replaces the default consumer, so nobody needs to iterate.
         """
         self._sinks.append(sink)
 
@@ -491,5 +499,7 @@ def snapshot() -> list[Running]:
     """
     The processes that live now, as `running` events.
     """
-    pipeline = Pipeline("scan", [], [], kinds=("running",))
-    return [event for event in pipeline.start(initial=True) if type(event) is Running]
+    maker = Maker(socket.gethostname(), Clock())
+    pipeline = Pipeline("scan", [], [], maker=maker, kinds=("running",))
+    events = map(maker.event, pipeline.start(initial=True))
+    return [event for event in events if type(event) is Running]

@@ -13,9 +13,10 @@ import click
 
 from procwatch.errors import ConfigError
 from procwatch.events import Event
+from procwatch.table.draft import Draft, Maker
 
 FORMATS = ("auto", "json", "console")
-Encode = Callable[[Event, bytearray], None]
+Encode = Callable[[Event | Draft, bytearray], None]
 
 format_option: Callable[[Any], Any] = click.option(
     "--format",
@@ -27,7 +28,7 @@ format_option: Callable[[Any], Any] = click.option(
 )
 
 
-def encoder(form: str, fd: int, *, indent: bool = False) -> Encode:
+def encoder(form: str, fd: int, maker: Maker, *, indent: bool = False) -> Encode:
     """
     The writer of one format; `auto` asks the descriptor.
     """
@@ -35,10 +36,11 @@ def encoder(form: str, fd: int, *, indent: bool = False) -> Encode:
     if form == "json" or (form == "auto" and not terminal):
         from procwatch.formats import native
 
-        return native.encode_into
+        return native.Lines(maker).encode_into
     from procwatch.formats.console import Console
 
-    return Console(colour=terminal and not os.environ.get("NO_COLOR"), indent=indent).encode_into
+    console = Console(colour=terminal and not os.environ.get("NO_COLOR"), indent=indent)
+    return lambda item, buffer: console.encode_into(maker.event(item), buffer)
 
 
 def open_output(path: str | None) -> int:

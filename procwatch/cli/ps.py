@@ -10,6 +10,8 @@ import sys
 import click
 
 from procwatch.cli.output import encoder, format_option, open_output
+from procwatch.clock import Clock
+from procwatch.table.draft import Maker
 from procwatch.watcher import snapshot
 
 
@@ -21,7 +23,7 @@ def ps(form: str, output: str | None) -> None:
     Print the processes that run now.
     """
     fd = open_output(output)
-    encode_into = encoder(form, fd)
+    encode_into = encoder(form, fd, Maker("", Clock()))
     lines = bytearray()
     for event in snapshot():
         encode_into(event, lines)

@@ -81,7 +81,8 @@ async def _watch(watcher: Watcher, fd: int, form: str, latency_s: float, logger:
         failures.append(error)
         ended.set()
 
-    sink = StreamSink(fd, encoder(form, fd), loop, latency_s=latency_s, on_closed=ended.set, on_error=broken)
+    maker = watcher.maker
+    sink = StreamSink(fd, encoder(form, fd, maker), maker, latency_s=latency_s, on_closed=ended.set, on_error=broken)
     watcher.add_sink(sink)
     watcher.on_end(ended.set)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -7,12 +7,119 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from msgspec import NODEFAULT, Struct, defstruct, structs
 from msgspec.json import Encoder
 
-from procwatch.events import Event, raw_of
+from procwatch.events import Event, ProcessEvent, raw_of
+from procwatch.facts import Details
+from procwatch.table.draft import Draft, Maker, Who
 
 _encode = Encoder().encode
 _encode_into = Encoder().encode_into
+
+
+def _part(name: str, first: str, last: str) -> type[Struct]:
+    """
+    A type with the fields of ProcessEvent from `first` to `last`: a part of a line.
+    """
+    fields = structs.fields(ProcessEvent)
+    names = [field.name for field in fields]
+    chosen = fields[names.index(first) : names.index(last) + 1]
+    return defstruct(
+        name,
+        [
+            (f.name, f.type)
+            if f.default is NODEFAULT and f.default_factory is NODEFAULT
+            else (f.name, f.type, f.default)
+            for f in chosen
+        ],
+        omit_defaults=True,
+        gc=False,
+    )
+
+
+_Who = _part("Who", "id", "parent")
+_Context = _part("Context", "exe", "audit_session")
+_Marks = _part("Marks", "missing", "ancestors")
+_CLEAR = b',"missing":{},"inferred":[]'
+
+
+class Lines:
+    """
+    Writes events and drafts as lines.
+
+    A line of a draft is put together from parts: who, encoded once from one exec to the next; what and where, encoded
+    once for all processes that have it in common; and the few fields that are new each time. It is the same to the byte
+    as the line of the event (tests/formats/test_native.py).
+    """
+
+    def __init__(self, maker: Maker) -> None:
+        self._maker = maker
+        self._names = maker.names
+        self._second_ns = 0  # CLOCK_BOOTTIME at which the wall clock's second in `_heads` began
+        self._heads: dict[type[ProcessEvent], bytes] = {}
+        self._host = b'Z","host":' + _encode(maker.host) + b","
+
+    def encode_into(self, item: Event | Draft, buffer: bytearray) -> None:
+        """
+        Append one line.
+        """
+        if isinstance(item, Draft):
+            try:
+                buffer += self._line(item)
+            except UnicodeEncodeError:
+                encode_into(self._maker.event(item), buffer)
+        else:
+            encode_into(item, buffer)
+
+    def _line(self, draft: Draft) -> bytes:
+        ns = draft.time_ns - self._second_ns
+        if not 0 <= ns < 1_000_000_000:
+            ns = self._turn_second(draft.time_ns)
+        details = draft.details
+        context = details.line
+        if context is None or details.named != self._names.generation:
+            context = self._context(details)
+        who = draft.who
+        marks = _CLEAR
+        if draft.missing or draft.inferred or who.ns_pid is not None or who.ancestors is not None:
+            marks = b"," + _encode(_Marks(draft.missing, draft.inferred, who.ns_pid, who.ancestors))[1:-1]
+        tail = draft.tail
+        return b"%b%09d%b%b,%b%b%b\n" % (
+            self._heads.get(draft.kind) or self._head(draft.kind),
+            ns,
+            self._host,
+            who.line or self._who(who),
+            context,
+            marks,
+            b"}" if tail is None else b"," + _encode(tail)[1:],
+        )
+
+    def _who(self, who: Who) -> bytes:
+        who.line = _encode(_Who(who.id, who.pid, who.ppid, who.argv, who.argv_truncated, who.parent))[1:-1]
+        return who.line
+
+    def _context(self, d: Details) -> bytes:
+        container, unit, unit_user = self._names.place(d.cgroup)
+        context = _Context(
+            d.exe, d.exe_deleted, d.file, d.script, d.comm, d.cwd, d.uid, d.gid, d.euid, d.egid,
+            self._names.user(d.uid), d.tty, d.session, d.cgroup, container, unit, unit_user,
+            d.exe_dev, d.exe_inode, d.exe_size, d.exe_memfd, d.namespaces, d.auid, d.privileges,
+        )  # fmt: skip
+        d.line = _encode(context)[1:-1]
+        d.named = self._names.generation
+        return d.line
+
+    def _turn_second(self, time_ns: int) -> int:
+        offset = self._maker.clock.offset_ns
+        self._second_ns = (time_ns + offset) // 1_000_000_000 * 1_000_000_000 - offset
+        self._heads.clear()
+        return time_ns - self._second_ns
+
+    def _head(self, kind: type[ProcessEvent]) -> bytes:
+        second = self._maker.clock.stamp(self._second_ns)[:20]
+        self._heads[kind] = b'{"event":"%b","time":"%b' % (kind.event.encode(), second.encode())
+        return self._heads[kind]
 
 
 def encode(event: Event) -> bytes:

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 
 from procwatch.events import Event, Lost
+from procwatch.table.draft import Draft, Maker
 
 MAX_PENDING = 64 << 20
 # poll(2) says that a pipe is writable when one page of it is free; that much never blocks.
@@ -28,8 +29,8 @@ class StreamSink:
 
     Args:
         fd: Where to write; not closed here.
-        encode_into: Appends an event to a buffer, as text.
-        loop: For timers and for waiting until a pipe can be written.
+        encode_into: Appends an event, or the draft of one, to a buffer, as text.
+        maker: Makes events of the drafts that must be dropped.
         latency_s: How long lines may gather under load.
         on_closed: Called once when the reader is gone (EPIPE).
         on_error: Called with any other failure to write.
@@ -38,8 +39,8 @@ class StreamSink:
     def __init__(
         self,
         fd: int,
-        encode_into: Callable[[Event, bytearray], None],
-        loop: asyncio.AbstractEventLoop,
+        encode_into: Callable[[Event | Draft, bytearray], None],
+        maker: Maker,
         *,
         latency_s: float,
         on_closed: Callable[[], None],
@@ -47,7 +48,8 @@ class StreamSink:
     ) -> None:
         self._fd = fd
         self._encode_into = encode_into
-        self._loop = loop
+        self._maker = maker
+        self._loop = asyncio.get_running_loop()
         self._latency_s = latency_s
         self._on_closed = on_closed
         self._on_error = on_error
@@ -60,7 +62,7 @@ class StreamSink:
         self._dropped: Lost | None = None
         self.lost = 0
 
-    def __call__(self, batch: list[Event]) -> None:
+    def __call__(self, batch: list[Event | Draft]) -> None:
         """
         Take a batch; it is on its way at once when the line was quiet, else within the latency.
         """
@@ -142,7 +144,8 @@ class StreamSink:
         poll.register(self._fd, select.POLLOUT)
         return bool(poll.poll(0))
 
-    def _drop(self, event: Event) -> None:
+    def _drop(self, item: Event | Draft) -> None:
+        event = self._maker.event(item)
         self.lost += 1
         first = self._dropped
         self._dropped = Lost(

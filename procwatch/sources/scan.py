@@ -386,7 +386,7 @@ class Scan:
         if process.fd >= 0:
             del self._by_fd[process.fd]
             os.close(process.fd)  # leaves the epoll set with it
-        facts.append(Exit(time_ns, process.pid, status, start_ticks=process.start_ticks))
+        facts.append(Exit(time_ns, process.pid, status, start_ns=process.start_ticks * NS_PER_TICK))
 
     # Losses
 

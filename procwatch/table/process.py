@@ -5,11 +5,13 @@ One live process, as the table knows it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from msgspec.structs import replace
 
 from procwatch.events import Parent
-from procwatch.facts import Details, Opened
+from procwatch.facts import Details
+from procwatch.table.draft import Who
 
 # A child has these of its parent until it says otherwise: fork(2) copies them.
 AT_FORK = (
@@ -31,55 +33,46 @@ class Process:
     as a child's `parent` refers to it.
     """
 
-    __slots__ = (
-        "born_ns",
-        "depth",
-        "details",
-        "ended",
-        "forked_ns",
-        "held",
-        "id",
-        "inherited",
-        "leader_alive",
-        "leader_status",
-        "opens",
-        "others",
-        "parent",
-        "pid",
-        "ppid",
-        "seen_ns",
-        "start_inferred",
-        "start_ticks",
-        "tids",
-        "view",
-    )
+    # Defaults of the class, not set for each process: a birth is half as dear.
+    inherited = False  # `details` are the parent's
+    argv_missing: str | None = None
+    start_inferred = False  # derived from the stamp of the fork
+    born_ns = 0  # 0: only known to the tick
+    forked_ns = 0  # a fork that no event has told yet
+    seen_ns = 0  # when /proc was looked at; threads born before are counted in `others`
+    held: object | None = None
+    ended = False
+    # Threads, where the source tells of each (netlink): the process ends with the last of them.
+    tids: set[int] | None = None
+    others = 0  # threads that were there already, whose numbers we do not know
+    leader_alive = True
+    leader_status = 0
+    view: Parent | None = None
+    who: Who | None = None
+    depth = 0
+    argv_truncated = False
+    ns_pid: int | None = None
 
     def __init__(self, pid: int, start_ticks: int, process_id: str, parent: Process | None, details: Details) -> None:
         self.pid = pid
         self.start_ticks = start_ticks
         self.id = process_id
         self.parent = parent
-        self.ppid: int | None = parent.pid if parent is not None else details.ppid
         self.details = details
-        self.inherited = False  # `details` are the parent's
-        self.start_inferred = False  # derived from the stamp of the fork
-        self.born_ns = 0  # 0: only known to the tick
-        self.forked_ns = 0  # a fork that no event has told yet
-        self.seen_ns = 0  # when /proc was looked at; threads born before are counted in `others`
-        self.held: object | None = None
-        self.ended = False
-        # Threads, where the source tells of each (netlink): the process ends with the last of them.
-        self.tids: set[int] | None = None
-        self.others = 0  # threads that were there already, whose numbers we do not know
-        self.leader_alive = True
-        self.leader_status = 0
-        self.opens: list[Opened] | None = None
-        self.view: Parent | None = None
-        self.depth = 0
-        if parent is not None:
+        if parent is None:
+            self.ppid: int | None = details.ppid
+            self.argv: list[str] | None = details.argv
+            self.argv_truncated = details.argv_truncated
+            self.ns_pid = details.ns_pid
+            return
+        self.ppid = parent.pid
+        self.argv = parent.argv
+        if parent.argv_truncated:
+            self.argv_truncated = True
+        if parent.depth + 1 >= MAX_DEPTH:
+            self._cut()
+        else:
             self.depth = parent.depth + 1
-            if self.depth >= MAX_DEPTH:
-                self._cut()
 
     def _cut(self) -> None:
         """
@@ -118,8 +111,32 @@ class Process:
         Take new knowledge of this very process.
         """
         self.details = details
+        self.argv = details.argv
+        self.argv_truncated = details.argv_truncated
+        self.argv_missing = None
+        self.ns_pid = details.ns_pid
         self.inherited = False
-        self.view = None
+        self.view = self.who = None
+
+    def introduce(self, ancestors: int) -> Who:
+        """
+        What events say of who this is, until the next exec.
+
+        Args:
+            ancestors: How many of them to name.
+        """
+        parent = self.parent
+        self.who = Who(
+            self.id,
+            self.pid,
+            self.ppid,
+            self.argv,
+            self.argv_truncated,
+            parent.as_parent() if parent is not None else None,
+            self.ns_pid,
+            [ancestor.as_parent() for ancestor in islice(self.ancestors(), ancestors)] if ancestors else None,
+        )
+        return self.who
 
 
 def inherit(known: Details, new: Details, fields: tuple[str, ...], inferred: bool) -> Details:
@@ -152,15 +169,16 @@ def inherit(known: Details, new: Details, fields: tuple[str, ...], inferred: boo
     return new
 
 
-def as_inferred(details: Details, fields: tuple[str, ...]) -> list[str]:
+def as_inferred(process: Process, fields: tuple[str, ...]) -> list[str]:
     """
     The names of `fields` that are set: for a child that has them of its parent.
     """
-    return [name for name in fields if getattr(details, name) is not None]
+    details = process.details
+    return [name for name in fields if (process.argv if name == "argv" else getattr(details, name)) is not None]
 
 
 def changed(details: Details, **fields: object) -> Details:
     """
     A copy with some fields replaced: details are shared between parent and child, so they are never changed in place.
     """
-    return replace(details, unread=None, **fields)
+    return replace(details, unread=None, line=None, **fields)

@@ -18,16 +18,14 @@ Events leave in the order of the kernel's time. A held fork therefore holds back
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Sequence
 from errno import errorcode
-from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
-from msgspec.structs import replace
+from msgspec import Struct
 
 from procwatch import events
-from procwatch.clock import Clock
-from procwatch.events import Container, Event, Parent, ProcessEvent
+from procwatch.events import Event, ProcessEvent
 from procwatch.facts import (
     EXITED,
     LOST,
@@ -47,6 +45,7 @@ from procwatch.facts import (
     Thread,
     Usage,
 )
+from procwatch.table.draft import FORKED, Draft, End, Failed, Maker, Tracer, Via
 from procwatch.table.identity import NS_PER_TICK, process_id, ticks
 from procwatch.table.process import AT_EXEC, AT_FORK, Process, as_inferred, changed, inherit
 
@@ -57,41 +56,8 @@ MAX_HELD_EVENTS = 65_536
 MAX_ACCOUNTS = 16_384
 _UNREAD = {"exe": EXITED, "argv": EXITED, "comm": EXITED, "file": EXITED}
 _NO_USAGE = Usage()
+_SNAPSHOT, _RESYNC = Via("snapshot"), Via("resync")
 _NOBODY = Details(missing=dict.fromkeys(AT_FORK, LOST))
-
-
-class Names(Protocol):
-    """
-    What the table asks of the enrich stage; each answer is a dictionary's, never waits.
-    """
-
-    def user(self, uid: int | None) -> str | None:
-        """
-        The name of a user of this host.
-        """
-
-    def place(self, cgroup: str | None) -> tuple[Container | None, str | None, int | None]:
-        """
-        Container, systemd unit, and the owner of a user unit, of a cgroup path.
-        """
-
-
-class NoNames:
-    """
-    For who wants none, and for tests.
-    """
-
-    def user(self, uid: int | None) -> str | None:
-        """
-        Nobody.
-        """
-        return None
-
-    def place(self, cgroup: str | None) -> tuple[Container | None, str | None, int | None]:
-        """
-        Nowhere.
-        """
-        return None, None, None
 
 
 class _Held:
@@ -105,7 +71,7 @@ class _Held:
         self.process = process
         self.deadline_ns = deadline_ns
         self.pending = True
-        self.event: Event | None = None
+        self.event: Draft | None = None
 
 
 class Table:
@@ -114,11 +80,9 @@ class Table:
 
     Args:
         boot: First 8 hex digits of the boot id.
-        host: Name for the events.
-        clock: Writes times.
+        maker: Makes events of drafts; has the clock's text and the host's name.
         kinds: The kinds of events to make; others cost nothing.
         hold_ns: How long a fork may wait for its exec; 0 tells each fork at once.
-        names: Users and containers.
         look: Reads a live process, for a fork that is not followed by an exec; None: never look.
         ancestors: How many `ancestors` an event carries; 0: none.
     """
@@ -127,11 +91,9 @@ class Table:
         self,
         *,
         boot: str,
-        host: str,
-        clock: Clock,
+        maker: Maker,
         kinds: Collection[str] = events.DEFAULT_KINDS,
         hold_ns: int = HOLD_NS,
-        names: Names | None = None,
         look: Callable[[int], Details] | None = None,
         ancestors: int = 0,
     ) -> None:
@@ -139,14 +101,13 @@ class Table:
         self.lost = 0
         self.started_ns = 0
         self._boot = boot
-        self._host = host
-        self._stamp = clock.stamp
+        self.maker = maker
         self._kinds = frozenset(kinds)
         self._hold_ns = hold_ns if {"fork", "exec"} <= self._kinds else 0
-        self._names = names or NoNames()
         self._look = look
         self._ancestors = ancestors
-        self._out: deque[Event | _Held] = deque()
+        self._out: deque[Event | Draft | _Held] = deque()
+        self._undecided = 0  # forks that hold back what came after them
         self._accounts: dict[int, Accounted] = {}
         self._doubtful: dict[int, int] = {}  # leader dead, other threads believed alive: pid -> when to look
         self._apply: dict[type[Fact], Callable[[Any], None]] = {
@@ -177,10 +138,24 @@ class Table:
         """
         The events that are decided by now, in order.
         """
+        return list(map(self.maker.event, self.flush_drafts(now_ns)))
+
+    def flush_drafts(self, now_ns: int) -> list[Event | Draft]:
+        """
+        The same, as drafts.
+        """
         out = self._out
         if self._doubtful:
             self._settle_doubts(now_ns)
-        ready: list[Event] = []
+        ready: list[Event | Draft] = []
+        if not self._undecided:
+            for item in out:
+                if type(item) is not _Held:
+                    ready.append(item)  # type: ignore[arg-type]
+                elif item.event is not None:
+                    ready.append(item.event)
+            out.clear()
+            return ready
         while out:
             head = out[0]
             if type(head) is _Held:
@@ -205,14 +180,14 @@ class Table:
             times.append(next(iter(self._doubtful.values())))
         return min(times, default=None)
 
-    def drain(self) -> list[Event]:
+    def drain(self) -> list[Event | Draft]:
         """
         All that is left, decided or not: for the end.
         """
         for item in self._out:
             if type(item) is _Held and item.pending:
                 self._decide(item, look=False)
-        return self.flush(0)
+        return self.flush_drafts(0)
 
     def emit(self, event: Event) -> None:
         """
@@ -232,7 +207,7 @@ class Table:
             process = self.processes[fact.pid]
             process.parent = self.processes.get(fact.details.ppid or 0)
             if tell:
-                self._tell(events.Running, process, started_ns, via="snapshot")
+                self._tell(events.Running, process, started_ns, _SNAPSHOT)
 
     def resync(self, alive: Iterable[Alive], now_ns: int) -> None:
         """
@@ -247,7 +222,7 @@ class Table:
             if pid not in self.processes:
                 process = self._adopt(fact)
                 process.parent = self.processes.get(fact.details.ppid or 0)
-                self._tell(events.Running, process, now_ns, via="resync")
+                self._tell(events.Running, process, now_ns, _RESYNC)
 
     # One method for each kind of fact
 
@@ -282,6 +257,20 @@ class Table:
             self._hold(process, fact.time_ns)
 
     def _on_exec(self, fact: Exec) -> None:
+        process = self._executed(fact) if fact.start_ns is None else self._executed_whole(fact, fact.start_ns)
+        if process.tids is not None or not process.leader_alive or process.others:
+            process.tids = None  # an exec ends all other threads, and the one that called it becomes the leader
+            process.others = 0
+            process.leader_alive = True
+            self._doubtful.pop(fact.pid, None)
+        forked = self._merge(process) or (fact.first and "fork" not in self._kinds)
+        if "exec" in self._kinds:
+            self._out.append(self._draft(events.Exec, process, fact.time_ns, FORKED if forked else None))
+
+    def _executed(self, fact: Exec) -> Process:
+        """
+        Who executed a program, with what could be read of it afterwards.
+        """
         process = self.processes.get(fact.pid)
         details = fact.details
         if details is None:
@@ -299,22 +288,57 @@ class Table:
                 self._set_start(process, details.start_ticks)
             if fact.details is not None:
                 inherit(process.details, details, AT_EXEC, inferred=True)
-        process.tids = None  # an exec ends all other threads, and the one that called it becomes the leader
-        process.others = 0
-        process.leader_alive = True
-        self._doubtful.pop(fact.pid, None)
         process.set_details(details)
-        forked = self._merge(process)
-        if "exec" in self._kinds:
-            self._tell(events.Exec, process, fact.time_ns, forked=forked or None)
+        return process
+
+    def _executed_whole(self, fact: Exec, start_ns: int) -> Process:
+        """
+        Who executed a program, where the source knew all of it: nothing to join, and details that many share.
+        """
+        details = fact.details
+        assert details is not None
+        process = self.processes.get(fact.pid)
+        start = ticks(start_ns)
+        if process is not None and process.start_ticks != start:
+            self._vanish(process, fact.time_ns)
+            process = None
+        if process is None:
+            parent = self.processes.get(fact.ppid or 0)
+            process = Process(fact.pid, start, process_id(self._boot, fact.pid, start), parent, details)
+            process.ppid = fact.ppid
+            process.born_ns = start_ns
+            self.processes[fact.pid] = process
+        else:
+            process.view = process.who = None
+            process.inherited = False
+            process.details = details
+        process.argv = fact.argv
+        process.argv_truncated = fact.argv_truncated
+        process.argv_missing = fact.argv_missing
+        process.ns_pid = fact.ns_pid if fact.ns_pid != fact.pid else None
+        return process
 
     def _on_exit(self, fact: Exit) -> None:
         process = self.processes.get(fact.pid)
         if process is None:
             if fact.time_ns <= self.started_ns:
                 return  # ended before we were ready
-            process = self._unknown(fact.pid, fact.start_ticks, Details(ppid=fact.ppid, comm=fact.comm))
+            process = self._unannounced(fact)
         self._end(process, fact.time_ns, fact.status, fact.usage)
+
+    def _unannounced(self, fact: Exit) -> Process:
+        """
+        The end of a process whose birth nobody told: it lived as a copy of its parent, as far as is known.
+        """
+        start = None if fact.start_ns is None else ticks(fact.start_ns)
+        parent = self.processes.get(fact.ppid or 0)
+        if parent is None or start is None:
+            process = self._unknown(fact.pid, start, changed(_NOBODY, ppid=fact.ppid, comm=fact.comm))
+        else:
+            process = Process(fact.pid, start, process_id(self._boot, fact.pid, start), parent, parent.details)
+            process.inherited = True
+        process.born_ns = fact.start_ns or 0
+        return process
 
     def _on_thread(self, fact: Thread) -> None:
         """
@@ -369,17 +393,21 @@ class Table:
             process.details = details  # what was inherited stays so: only these fields are its own
             process.view = None
         if what in self._kinds:
-            extra = {"tracer": fact.tracer} if what == "ptrace" else {}
-            self._tell(_CHANGES[what], process, fact.time_ns, **extra)
+            tail = Tracer(fact.tracer or 0) if what == "ptrace" else None
+            self._tell(_CHANGES[what], process, fact.time_ns, tail)
 
     def _on_exec_failed(self, fact: ExecFailed) -> None:
         process = self.processes.get(fact.pid)
         if process is None or "exec_failed" not in self._kinds:
             return
-        event = self._event(
-            events.ExecFailed, process, fact.time_ns, errno=fact.errno, error=errorcode.get(fact.errno, str(fact.errno))
+        draft = self._draft(
+            events.ExecFailed,
+            process,
+            fact.time_ns,
+            Failed(fact.errno, errorcode.get(fact.errno, str(fact.errno))),
         )
-        self._out.append(replace(event, file=fact.file))
+        draft.details = changed(draft.details, file=fact.file)
+        self._out.append(draft)
 
     def _on_alive(self, fact: Alive) -> None:
         if fact.pid not in self.processes:
@@ -393,9 +421,7 @@ class Table:
     def _on_opened(self, fact: Opened) -> None:
         process = self.processes.get(fact.pid)
         if process is not None:
-            if process.opens is None:
-                process.opens = []
-            process.opens.append(fact)
+            pass
 
     def _on_accounted(self, fact: Accounted) -> None:
         self._accounts[fact.pid] = fact
@@ -404,15 +430,16 @@ class Table:
 
     def _on_lost(self, fact: Lost) -> None:
         self.lost += fact.count
+        stamp = self.maker.clock.stamp
         self._out.append(
             events.Lost(
-                time=self._stamp(fact.time_ns),
-                host=self._host,
+                time=stamp(fact.time_ns),
+                host=self.maker.host,
                 count=fact.count,
                 exact=fact.exact,
                 where=fact.where,
-                since=self._stamp(fact.since_ns) if fact.since_ns else None,
-                until=self._stamp(fact.until_ns) if fact.until_ns else None,
+                since=stamp(fact.since_ns) if fact.since_ns else None,
+                until=stamp(fact.until_ns) if fact.until_ns else None,
                 kinds=fact.kinds or None,
             )
         )
@@ -449,6 +476,7 @@ class Table:
         process.forked_ns = time_ns
         if "fork" not in self._kinds:
             return
+        self._undecided += 1
         held = _Held(process, time_ns + self._hold_ns)
         process.held = held
         self._out.append(held)
@@ -464,6 +492,7 @@ class Table:
         process.forked_ns = 0
         if type(held) is _Held and held.pending:
             held.pending = False
+            self._undecided -= 1
             return True
         return not told and "fork" not in self._kinds
 
@@ -473,6 +502,7 @@ class Table:
         """
         process = held.process
         held.pending = False
+        self._undecided -= 1
         process.held = None
         if look and self._look is not None and not process.ended and process.inherited:
             details = self._look(process.pid)
@@ -480,7 +510,7 @@ class Table:
                 self._set_start(process, details.start_ticks)
                 inherit(process.details, details, AT_FORK, inferred=True)
                 process.set_details(details)
-        held.event = self._event(events.Fork, process, process.forked_ns)
+        held.event = self._draft(events.Fork, process, process.forked_ns)
         process.forked_ns = 0
 
     def _end(self, process: Process, time_ns: int, status: int | None, usage: Usage | None) -> None:
@@ -491,7 +521,6 @@ class Table:
             self._decide(process.held, look=False)
         self.processes.pop(pid, None)
         process.ended = True
-        process.opens = None
         if "exit" not in self._kinds or process.ppid == KTHREADD:
             return
         if account is not None:
@@ -510,23 +539,18 @@ class Table:
         born_ns = process.born_ns or process.start_ticks * NS_PER_TICK
         if not born_ns:
             missing = {**(missing or {}), "duration_ns": LOST}
-        self._out.append(
-            self._event(
-                events.Exit,
-                process,
-                time_ns,
-                missing,
-                code=code,
-                signal=number or None,
-                core_dumped=core,
-                duration_ns=time_ns - born_ns if born_ns else None,
-                cpu_user_ns=usage.cpu_user_ns,
-                cpu_system_ns=usage.cpu_system_ns,
-                max_rss_bytes=usage.max_rss_bytes,
-                io_read_bytes=usage.io_read_bytes,
-                io_write_bytes=usage.io_write_bytes,
-            )
+        end = End(
+            code,
+            number or None,
+            core,
+            time_ns - born_ns if born_ns else None,
+            usage.cpu_user_ns,
+            usage.cpu_system_ns,
+            usage.max_rss_bytes,
+            usage.io_read_bytes,
+            usage.io_write_bytes,
         )
+        self._out.append(self._draft(events.Exit, process, time_ns, end, missing))
 
     def _vanish(self, process: Process, time_ns: int) -> None:
         if type(process.held) is _Held and process.held.pending:
@@ -555,74 +579,51 @@ class Table:
         if start != process.start_ticks:
             process.start_ticks = start
             process.id = process_id(self._boot, process.pid, start)
-            process.view = None
+            process.view = process.who = None
         process.start_inferred = False
 
     # Events
 
-    def _tell(self, kind: type[ProcessEvent], process: Process, time_ns: int, **extra: Any) -> None:
-        if kind.event in self._kinds:
-            self._out.append(self._event(kind, process, time_ns, **extra))
-
-    def _event(
+    def _tell(
         self,
         kind: type[ProcessEvent],
         process: Process,
         time_ns: int,
-        missing: Mapping[str, str] | None = None,
-        **extra: Any,
-    ) -> ProcessEvent:
+        tail: Struct | None = None,
+        missing: dict[str, str] | None = None,
+    ) -> None:
+        if kind.event in self._kinds:
+            self._out.append(self._draft(kind, process, time_ns, tail, missing))
+
+    def _draft(
+        self,
+        kind: type[ProcessEvent],
+        process: Process,
+        time_ns: int,
+        tail: Struct | None = None,
+        missing: dict[str, str] | None = None,
+    ) -> Draft:
         """
-        What is known of a process, as an event.
+        What is known of a process now.
+
+        Args:
+            kind: Of the event.
+            process: Of whom.
+            time_ns: When, CLOCK_BOOTTIME.
+            tail: The fields that only this kind has.
+            missing: Which of these could not be had.
         """
         details = process.details
-        inferred = as_inferred(details, AT_FORK) if process.inherited else list(details.inferred)
+        inferred: Sequence[str] = details.inferred
+        if process.inherited:
+            inferred = as_inferred(process, AT_FORK)
         if process.start_inferred:
-            inferred.append("id")
-        container, unit, unit_user = self._names.place(details.cgroup)
-        parent = process.parent
-        ancestors: list[Parent] | None = None
-        if self._ancestors:
-            ancestors = [a.as_parent() for a in islice(process.ancestors(), self._ancestors)]
-        return kind(
-            self._stamp(time_ns),
-            self._host,
-            process.id,
-            process.pid,
-            process.ppid,
-            details.exe,
-            details.exe_deleted,
-            details.file,
-            details.script,
-            details.argv,
-            details.argv_truncated,
-            details.comm,
-            details.cwd,
-            details.uid,
-            details.gid,
-            details.euid,
-            details.egid,
-            self._names.user(details.uid),
-            details.tty,
-            details.session,
-            details.cgroup,
-            container,
-            unit,
-            parent.as_parent() if parent is not None else None,
-            {**details.missing, **missing} if missing else details.missing,
-            inferred,
-            unit_user,
-            ancestors,
-            details.exe_dev,
-            details.exe_inode,
-            details.exe_size,
-            details.exe_memfd,
-            details.ns_pid,
-            details.namespaces,
-            details.auid,
-            details.privileges,
-            **extra,
-        )
+            inferred = (*inferred, "id")
+        known = details.missing
+        if process.argv_missing is not None:
+            known = {**known, "argv": process.argv_missing}
+        who = process.who or process.introduce(self._ancestors)
+        return Draft(kind, time_ns, who, details, {**known, **missing} if missing else known, inferred, tail)
 
 
 def _unread(before: Details) -> Details:

@@ -36,6 +36,7 @@ from procwatch.facts import (
     Usage,
 )
 from procwatch.table.identity import NS_PER_TICK
+from procwatch.table.draft import Maker
 from procwatch.table.table import HOLD_NS, MAX_HELD_EVENTS, Table
 
 MS = 1_000_000
@@ -57,7 +58,7 @@ class Bench:
     """
 
     def __init__(self, *, look: Callable[[int], Details] | None = None, **options: Any) -> None:
-        self.table = Table(boot=BOOT, host="h", clock=Clock(offset_ns=0), look=look, **options)
+        self.table = Table(boot=BOOT, maker=Maker("h", Clock(offset_ns=0)), look=look, **options)
         self.shell = details("/bin/sh", ["sh"], uid=7, start_ticks=50, ppid=1)
         self.table.snapshot([Alive(T0, SHELL, self.shell)], T0, tell=False)
         assert self.table.flush(T0) == []
@@ -670,7 +671,7 @@ def test_the_snapshot_tells_what_runs_when_asked():
     """
     `running`, with parents, whatever the order of the pids.
     """
-    table = Table(boot=BOOT, host="h", clock=Clock(offset_ns=0))
+    table = Table(boot=BOOT, maker=Maker("h", Clock(offset_ns=0)))
     alive = [
         Alive(T0, 5, details("/bin/kid", ppid=9, start_ticks=3)),
         Alive(T0, 9, details("/bin/old", ppid=0, start_ticks=2)),

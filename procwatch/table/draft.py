@@ -1,0 +1,219 @@
+"""
+An event to be: what the table decides, before it is written out.
+
+Most events go straight into a line of text. To build an object of forty fields for each, only to write it and throw it
+away, was two thirds of the cost of the agent; so the table makes drafts, which refer to what they tell of, and an Event
+is made only for who wants one (a Python program, a filter). formats/native.py writes drafts as lines without that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from msgspec import Struct, structs
+
+from procwatch.clock import Clock
+from procwatch.events import Container, Event, Parent, ProcessEvent
+from procwatch.facts import Details
+
+
+class Who(Struct, gc=False):
+    """
+    What is a process's own, from one exec to the next. Not changed once it is made, but for `line`.
+    """
+
+    id: str
+    pid: int
+    ppid: int | None
+    argv: list[str] | None
+    argv_truncated: bool
+    parent: Parent | None
+    ns_pid: int | None = None
+    ancestors: list[Parent] | None = None
+    line: bytes | None = None  # formats': this, as it stands in a line of output
+
+
+class Forked(Struct, frozen=True, omit_defaults=True):
+    """
+    The tail of an exec that tells a fork, too.
+    """
+
+    forked: bool | None = None
+
+
+class Via(Struct, frozen=True, omit_defaults=True):
+    """
+    The tail of `running`.
+    """
+
+    via: str | None = None
+
+
+class Tracer(Struct, frozen=True):
+    """
+    The tail of `ptrace`.
+    """
+
+    tracer: int
+
+
+class Failed(Struct, frozen=True):
+    """
+    The tail of `exec_failed`.
+    """
+
+    errno: int
+    error: str
+
+
+class End(Struct, frozen=True, gc=False, omit_defaults=True):
+    """
+    The tail of `exit`.
+    """
+
+    code: int | None
+    signal: int | None
+    core_dumped: bool | None
+    duration_ns: int | None
+    cpu_user_ns: int | None
+    cpu_system_ns: int | None
+    max_rss_bytes: int | None
+    io_read_bytes: int | None = None
+    io_write_bytes: int | None = None
+
+
+FORKED = Forked(True)
+
+
+class Draft:
+    """
+    One event of one process. Nothing it refers to changes afterwards.
+    """
+
+    __slots__ = ("details", "inferred", "kind", "missing", "tail", "time_ns", "who")
+
+    def __init__(
+        self,
+        kind: type[ProcessEvent],
+        time_ns: int,
+        who: Who,
+        details: Details,
+        missing: dict[str, str],
+        inferred: Sequence[str],
+        tail: Struct | None,
+    ) -> None:
+        self.kind = kind
+        self.time_ns = time_ns
+        self.who = who
+        self.details = details
+        self.missing = missing
+        self.inferred = inferred
+        self.tail = tail  # the fields that only this kind has
+
+    @property
+    def event(self) -> str:
+        """
+        The kind, as of an Event.
+        """
+        return self.kind.event
+
+
+class Names(Protocol):
+    """
+    What is asked of the enrich stage; each answer is a dictionary's, never waits.
+
+    `generation` grows when an answer that was given before would now be another.
+    """
+
+    generation: int
+
+    def user(self, uid: int | None) -> str | None:
+        """
+        The name of a user of this host.
+        """
+
+    def place(self, cgroup: str | None) -> tuple[Container | None, str | None, int | None]:
+        """
+        Container, systemd unit, and the owner of a user unit, of a cgroup path.
+        """
+
+
+class NoNames:
+    """
+    For who wants none, and for tests.
+    """
+
+    generation = 1
+
+    def user(self, uid: int | None) -> str | None:
+        """
+        Nobody.
+        """
+        return None
+
+    def place(self, cgroup: str | None) -> tuple[Container | None, str | None, int | None]:
+        """
+        Nowhere.
+        """
+        return None, None, None
+
+
+class Maker:
+    """
+    Makes events of drafts.
+    """
+
+    def __init__(self, host: str, clock: Clock, names: Names | None = None) -> None:
+        self.host = host
+        self.clock = clock
+        self.names = names or NoNames()
+
+    def event(self, draft: Draft | Event) -> Event:
+        """
+        The event that a draft stands for; an event is given back as it is.
+        """
+        if not isinstance(draft, Draft):
+            return draft
+        who, details = draft.who, draft.details
+        container, unit, unit_user = self.names.place(details.cgroup)
+        tail = {} if draft.tail is None else structs.asdict(draft.tail)
+        return draft.kind(
+            time=self.clock.stamp(draft.time_ns),
+            host=self.host,
+            id=who.id,
+            pid=who.pid,
+            ppid=who.ppid,
+            argv=who.argv,
+            argv_truncated=who.argv_truncated,
+            parent=who.parent,
+            exe=details.exe,
+            exe_deleted=details.exe_deleted,
+            file=details.file,
+            script=details.script,
+            comm=details.comm,
+            cwd=details.cwd,
+            uid=details.uid,
+            gid=details.gid,
+            euid=details.euid,
+            egid=details.egid,
+            user=self.names.user(details.uid),
+            tty=details.tty,
+            session=details.session,
+            cgroup=details.cgroup,
+            container=container,
+            unit=unit,
+            unit_user=unit_user,
+            exe_dev=details.exe_dev,
+            exe_inode=details.exe_inode,
+            exe_size=details.exe_size,
+            exe_memfd=details.exe_memfd,
+            namespaces=details.namespaces,
+            auid=details.auid,
+            privileges=details.privileges,
+            missing=draft.missing,
+            inferred=list(draft.inferred),
+            ns_pid=who.ns_pid,
+            ancestors=who.ancestors,
+            **tail,
+        )
