@@ -209,7 +209,9 @@ class Names:
             if len(self._states) >= _MAX_STATES:
                 self._states.clear()
             seen = trees.mounts or self._host_mounts()
-            known = self._states[key] = runc.cgroups(trees.tree, directory, name, seen)
+            claims = runc.cgroups(trees.tree, directory, name, seen)
+            # A runtime that may not make cgroups leaves its container where it was started: in somebody's session.
+            known = self._states[key] = {claim for claim in claims if may_be_claimed(claim, parse(claim))}
         return known
 
     def _trees(
@@ -305,7 +307,8 @@ def may_be_claimed(cgroup: str, place: Place) -> bool:
     Whether a runtime may have made this cgroup without a sign of it: not the root, a service, a session or a slice.
     """
     last = cgroup.rpartition("/")[2]
-    return last != "" and not (last == place.unit and (not last.endswith(".scope") or last.startswith("session-")))
+    is_unit = last == "" or last == place.unit
+    return not is_unit or (last.endswith(".scope") and last != "init.scope" and not last.startswith("session-"))
 
 
 def _is_nobodys(segment: str) -> bool:

@@ -233,6 +233,65 @@ def test_runc_in_runc(tmp_path: Path, rootfs: Path, look: Callable[[Roots], Seen
     assert container.created is not None
 
 
+def hierarchy() -> Path:
+    """
+    A cgroup hierarchy in which directories may be made.
+    """
+    need(os.geteuid() == 0, "cgroups are made by root")
+    root = Path("/sys/fs/cgroup")
+    for directory in (root / "unified", root / "systemd", root):
+        if (directory / "cgroup.procs").exists():
+            return directory
+    need(False, "no cgroup hierarchy")
+    raise AssertionError
+
+
+def test_thousand_containers_come_and_go(tmp_path: Path, no_leaks: None) -> None:
+    """
+    Containers whose cgroups are gone are forgotten, and a new one of an old name gets its own names.
+    """
+    top = f"procwatch-{os.getpid()}"
+    directory = hierarchy() / top / "docker"
+    directory.mkdir(parents=True)
+    names = [f"{os.getpid():056x}{number:08x}" for number in range(1000)]
+    for name in names:
+        (directory / name).mkdir()
+        config = tmp_path / f"var/lib/docker/containers/{name}/config.v2.json"
+        config.parent.mkdir(parents=True)
+        config.write_text(json.dumps({"ID": name, "Name": f"/{name[-3:]}"}))
+    ready = threading.Event()
+    enricher = Enricher(roots=Roots(prefix=str(tmp_path)), on_ready=ready.set, sweep_s=0.01)
+    announced = []
+
+    def until(key: str, count: int) -> None:
+        while enricher.stats()[key] != count:
+            assert ready.wait(30)
+            ready.clear()
+            announced.extend(enricher.collect())
+
+    try:
+        for name in names:
+            enricher.place(f"/{top}/docker/{name}")
+        until("pending", 0)
+        assert enricher.stats()["containers"] == len(announced) == 1000
+        again = names.pop()
+        (directory / again).rmdir()
+        (directory / again).mkdir()
+        until("containers", 999)
+        enricher.place(f"/{top}/docker/{again}")
+        until("containers", 1000)
+        assert len(announced) == 1001
+        names.append(again)
+    finally:
+        for name in names:
+            (directory / name).rmdir()
+        directory.rmdir()
+        directory.parent.rmdir()
+        until("containers", 0)
+        assert enricher.stats()["cgroups"] == 0
+        enricher.close()
+
+
 class Podman:
     """
     Podman with a storage of its own, and an image.
