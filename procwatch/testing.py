@@ -30,6 +30,7 @@ from procwatch.errors import SourceUnavailable
 from procwatch.events import Event
 from procwatch.facts import Details, Exec, Exit, Fact, Fork
 from procwatch.sources.base import SourceStats
+from procwatch.table.draft import Draft
 from procwatch.table.identity import ticks
 from procwatch.watcher import Watcher
 
@@ -169,21 +170,21 @@ class Collector:
     Keeps all events from now on, and waits for those that a test needs.
 
     Args:
-        watcher: Collect from this one; None: the collector is a sink, pass it to `add_sink()` of any.
+        watcher: Collect from this one.
     """
 
-    def __init__(self, watcher: Watcher | None = None) -> None:
+    def __init__(self, watcher: Watcher) -> None:
         self.events: list[Event] = []
+        self._make = watcher.maker.event
         self._waiting: list[tuple[Callable[[Event], bool], asyncio.Future[Any]]] = []
-        if watcher is not None:
-            watcher.add_sink(self)
+        watcher.add_sink(self)
 
-    def __call__(self, batch: list[Event]) -> None:
+    def __call__(self, batch: list[Event | Draft]) -> None:
         """
         Take events; called by the watcher.
         """
-        self.events += batch
-        for event in batch:
+        for event in map(self._make, batch):
+            self.events.append(event)
             for matches, future in self._waiting:
                 if not future.done() and matches(event):
                     future.set_result(event)

@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 
 
-async def start(name: str, *arguments: str) -> Process:
+async def start(name: str | Path, *arguments: str) -> Process:
     """
-    An example, whose lines come at once.
+    An example, or another script, whose lines come at once.
     """
     command = (sys.executable, "-u", "-W", "error", str(EXAMPLES / name), *arguments)
     return await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE, limit=1 << 20)
@@ -137,3 +139,21 @@ async def test_beside_busy_app():
 
     assert "'stop': 1" in said
     assert "the slow one missed" in said
+
+
+async def test_readme(tmp_path: Path):
+    """
+    The program in the README runs, and says what it says it does.
+    """
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = tmp_path / "readme.py"
+    script.write_text(code.replace("procwatch.watch(", "procwatch.watch(count=30, "))
+    example = await start(script)
+    over = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(work("sleep", until=over))
+        said = await finish(example)
+        over.set()
+
+    assert " started by /" in said
+    assert re.search(r"^\d+ 3 after \d+ ms$", said, re.MULTILINE)

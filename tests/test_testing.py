@@ -86,5 +86,6 @@ async def test_waiting_ends():
     """
     An event that never comes fails the test that waits for it, with TimeoutError.
     """
-    with pytest.raises(TimeoutError):
-        await Collector().wait("exec", timeout_s=0)
+    async with Watcher(sources=[FakeSource()]) as watcher:
+        with pytest.raises(TimeoutError):
+            await Collector(watcher).wait("exec", timeout_s=0)
