@@ -47,6 +47,7 @@ class Stats(Struct, frozen=True):
     sources: dict[str, SourceStats]
     proc_reads: int  # looks at /proc/PID after an exec
     proc_hits: int  # of these, the process was still there
+    disagreements: int  # execs of which /proc and fanotify named different files
 
 
 class Pipeline:
@@ -155,7 +156,7 @@ class Pipeline:
         last = self.turn()
         while self._read_until_ns <= until and not self.finished:
             last += self.turn()
-        last += self._count(self.table.drain())
+        last += self._count(self.table.drain_drafts())
         usage = resource.getrusage(resource.RUSAGE_SELF)
         now = self.clock.now_ns()
         last.append(
@@ -182,6 +183,7 @@ class Pipeline:
             sources={source.name: source.stats() for source in self.sources},
             proc_reads=self._proc_reads,
             proc_hits=self._proc_hits,
+            disagreements=self.table.joins.disagreements,
         )
 
     def close(self) -> None:

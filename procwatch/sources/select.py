@@ -46,6 +46,18 @@ def _netlink(options: Options) -> Source:
     return ProcConnector(buffer_bytes=options.buffer_bytes or 64 << 20, gather_s=gather_s)
 
 
+def _fanotify(options: Options) -> Source:
+    from procwatch.sources.fanotify import Fanotify
+
+    return Fanotify()
+
+
+def _taskstats(options: Options) -> Source:
+    from procwatch.sources.taskstats import Taskstats
+
+    return Taskstats(buffer_bytes=options.buffer_bytes or 32 << 20)
+
+
 def _ebpf(options: Options) -> Source:
     from procwatch.sources.ebpf import Ebpf
 
@@ -64,7 +76,7 @@ def _scan(options: Options) -> Source:
 
 LADDER: dict[str, Sequence[tuple[str, Make]]] = {
     "ebpf": (("ebpf", _ebpf),),
-    "netlink": (("netlink", _netlink),),
+    "netlink": (("netlink", _netlink), ("fanotify", _fanotify), ("taskstats", _taskstats)),
     "scan": (("scan", _scan),),
 }
 BACKENDS = ("auto", *LADDER)

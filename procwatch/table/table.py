@@ -47,6 +47,8 @@ from procwatch.facts import (
 )
 from procwatch.table.draft import FORKED, Draft, End, Failed, Maker, Tracer, Via
 from procwatch.table.identity import NS_PER_TICK, process_id, ticks
+from procwatch.table.joins import Joins, named
+from procwatch.table.opens import Ran
 from procwatch.table.process import AT_EXEC, AT_FORK, Process, as_inferred, changed, inherit
 
 KTHREADD = 2
@@ -107,6 +109,8 @@ class Table:
         self._look = look
         self._ancestors = ancestors
         self._out: deque[Event | Draft | _Held] = deque()
+        self.joins = Joins()
+        self._ran: dict[int, list[Ran]] = {}
         self._undecided = 0  # forks that hold back what came after them
         self._accounts: dict[int, Accounted] = {}
         self._doubtful: dict[int, int] = {}  # leader dead, other threads believed alive: pid -> when to look
@@ -126,11 +130,13 @@ class Table:
 
     # What goes in and out
 
-    def apply(self, facts: Iterable[Fact]) -> None:
+    def apply(self, facts: Sequence[Fact]) -> None:
         """
-        Take facts in the order of their time.
+        Take facts in the order of their time. Opens and accounts come before the execs and exits that they are of.
         """
         apply = self._apply
+        if self._look is not None:
+            self._ran = self.joins.match(facts, self._accounts)
         for fact in facts:
             apply[type(fact)](fact)
 
@@ -180,9 +186,15 @@ class Table:
             times.append(next(iter(self._doubtful.values())))
         return min(times, default=None)
 
-    def drain(self) -> list[Event | Draft]:
+    def drain(self) -> list[Event]:
         """
         All that is left, decided or not: for the end.
+        """
+        return list(map(self.maker.event, self.drain_drafts()))
+
+    def drain_drafts(self) -> list[Event | Draft]:
+        """
+        The same, as drafts.
         """
         for item in self._out:
             if type(item) is _Held and item.pending:
@@ -273,6 +285,7 @@ class Table:
         """
         process = self.processes.get(fact.pid)
         details = fact.details
+        ran = self._ran.get(fact.pid)
         if details is None:
             details = _unread(process.details if process is not None else _NOBODY)
         elif process is not None and not _same(process, details):
@@ -288,6 +301,10 @@ class Table:
                 self._set_start(process, details.start_ticks)
             if fact.details is not None:
                 inherit(process.details, details, AT_EXEC, inferred=True)
+        if ran:
+            # The account of the end names the last program that ran.
+            account = self._accounts.get(fact.pid) if len(ran) == 1 else None
+            details = self.joins.add(details, ran.pop(0), account.comm if account is not None else None)
         process.set_details(details)
         return process
 
@@ -419,9 +436,7 @@ class Table:
             self._vanish(process, fact.time_ns)
 
     def _on_opened(self, fact: Opened) -> None:
-        process = self.processes.get(fact.pid)
-        if process is not None:
-            pass
+        self.joins.opened(fact)
 
     def _on_accounted(self, fact: Accounted) -> None:
         self._accounts[fact.pid] = fact
@@ -525,6 +540,7 @@ class Table:
             return
         if account is not None:
             usage = usage or account.usage
+            self._add_account(process, account)
         missing = None
         if status is None:
             number, code, core = 0, None, None
@@ -533,9 +549,10 @@ class Table:
             number = status & 0x7F
             code = None if number else status >> 8 & 0xFF
             core = bool(status & 0x80)
-        if usage is None:
-            usage = _NO_USAGE
-            missing = {**(missing or {}), **_NOT_ACCOUNTED}
+        usage = usage or _NO_USAGE
+        if usage.cpu_user_ns is None or usage.cpu_system_ns is None or usage.max_rss_bytes is None:
+            unknown = [name for name in _ACCOUNTED if getattr(usage, name) is None]
+            missing = {**(missing or {}), **dict.fromkeys(unknown, NOT_REPORTED)}
         born_ns = process.born_ns or process.start_ticks * NS_PER_TICK
         if not born_ns:
             missing = {**(missing or {}), "duration_ns": LOST}
@@ -551,6 +568,22 @@ class Table:
             usage.io_write_bytes,
         )
         self._out.append(self._draft(events.Exit, process, time_ns, end, missing))
+
+    def _add_account(self, process: Process, account: Accounted) -> None:
+        """
+        What only the account of a process's end can tell, if it died unread.
+        """
+        details = process.details
+        told = {
+            name: getattr(account, name)
+            for name in ("comm", "uid", "gid")
+            if getattr(details, name) is None and getattr(account, name) is not None
+        }
+        if told:
+            missing = {name: why for name, why in details.missing.items() if name not in told}
+            process.details = changed(details, missing=missing, **told)
+        if details.exe is None and (exe := self.joins.path_of(account)) is not None:
+            process.details = named(process.details, exe, None, False)
 
     def _vanish(self, process: Process, time_ns: int) -> None:
         if type(process.held) is _Held and process.held.pending:
@@ -645,7 +678,7 @@ def _same(process: Process, details: Details) -> bool:
     return process.start_inferred and abs(details.start_ticks - process.start_ticks) <= 1
 
 
-_NOT_ACCOUNTED = {"cpu_user_ns": NOT_REPORTED, "cpu_system_ns": NOT_REPORTED, "max_rss_bytes": NOT_REPORTED}
+_ACCOUNTED = ("cpu_user_ns", "cpu_system_ns", "max_rss_bytes")
 _CHANGES: dict[str, type[ProcessEvent]] = {
     "comm": events.Comm,
     "uid": events.Uid,

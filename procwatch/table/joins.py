@@ -1,0 +1,142 @@
+"""
+What other sources knew of an exec, added to what netlink and /proc tell of it.
+
+    known                                            exe of the exec
+    /proc only                                       what /proc says
+    open only (fanotify)                             the file that was opened, see opens.py
+    both, the same file                              the same
+    both, different files                            the open's, if that is proven: it is nearer to the exec than our
+                                                     look at /proc was. Counted: `disagreements`
+    neither, but the account of its end (taskstats)  the path under which this device and inode was executed before
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from procwatch.facts import Accounted, Details, Exec, Fact, Opened, Thread
+from procwatch.table.opens import PENDING, Identity, Ran, match
+from procwatch.table.process import changed
+
+MAX_OPENERS = 8192  # processes with opens that wait for an exec
+MAX_PATHS = 16_384
+MAX_SHARED = 4096
+
+
+class Joins:
+    """
+    Opens that wait for their exec, and paths of executables by device and inode. All of it bounded: when full, what is
+    oldest goes.
+    """
+
+    def __init__(self) -> None:
+        self.disagreements = 0
+        self._opens: dict[int, list[Opened]] = {}
+        self._paths: dict[Identity, Opened] = {}
+        self._shared: dict[tuple[object, ...], tuple[Details, Details]] = {}
+
+    def opened(self, fact: Opened) -> None:
+        """
+        Keep an open until its exec is told.
+        """
+        opens = self._opens.get(fact.pid)
+        if opens is None:
+            if len(self._opens) >= MAX_OPENERS:
+                del self._opens[next(iter(self._opens))]
+            self._opens[fact.pid] = [fact]
+        elif len(opens) < 4 * PENDING:
+            opens.append(fact)
+
+    def match(self, facts: Iterable[Fact], accounts: Mapping[int, Accounted]) -> dict[int, list[Ran]]:
+        """
+        For each process that executed programs in this batch, what each exec ran.
+        """
+        execs: dict[int, list[Exec]] = {}
+        ended: set[int] = set()
+        for fact in facts:
+            if type(fact) is Exec:
+                execs.setdefault(fact.pid, []).append(fact)
+            elif type(fact) is Thread and fact.tid == fact.pid and not fact.born:
+                ended.add(fact.pid)
+        found = {}
+        for pid, told in execs.items():
+            final = self._final(told[-1], accounts.get(pid) if pid in ended else None)
+            ran, rest = match(self._opens.pop(pid, ()), len(told), final=final, ended=pid in ended)
+            if rest:
+                self._opens[pid] = rest
+            if not ran:
+                ran = [Ran(certain=False) for _ in told]
+            if ran[-1].exe is None and final is not None:
+                ran[-1].exe = self._paths.get(final)
+            for one in ran:
+                self._remember(one.exe)
+            found[pid] = ran
+        for pid in ended:
+            self._opens.pop(pid, None)
+        return found
+
+    def _final(self, last: Exec, account: Accounted | None) -> Identity | None:
+        if account is not None and account.exe_dev is not None and account.exe_inode is not None:
+            return account.exe_dev, account.exe_inode
+        details = last.details
+        if details is not None and details.exe_dev is not None and details.exe_inode is not None:
+            return details.exe_dev, details.exe_inode
+        return None
+
+    def _remember(self, opened: Opened | None) -> None:
+        if opened is None or (opened.dev, opened.inode) in self._paths:
+            return
+        if len(self._paths) >= MAX_PATHS:
+            del self._paths[next(iter(self._paths))]
+        self._paths[opened.dev, opened.inode] = opened
+
+    def path_of(self, account: Accounted) -> Opened | None:
+        """
+        The executable that an ended process ran, if it was seen before.
+        """
+        if account.exe_dev is None or account.exe_inode is None:
+            return None
+        return self._paths.get((account.exe_dev, account.exe_inode))
+
+    def add(self, details: Details, ran: Ran, comm: str | None) -> Details:
+        """
+        `details` with what the opens say, as the table at the top has it, and with the comm that the account of the end
+        gives.
+        """
+        exe = ran.exe
+        if exe is None:
+            return details
+        if details.exe is not None:
+            if not ran.certain or (details.exe_inode == exe.inode and details.exe_dev == exe.dev):
+                return details
+            if details.exe == exe.path:
+                return details
+            self.disagreements += 1
+        # Thousands of children of one parent die unread in a storm: what is known of them is the same for all.
+        key = (id(details), exe.path, exe.inode, ran.script and ran.script.path, ran.certain, comm)
+        kept = self._shared.get(key)
+        if kept is None or kept[0] is not details:
+            if len(self._shared) >= MAX_SHARED:
+                self._shared.clear()
+            kept = self._shared[key] = (details, named(details, exe, ran.script, ran.certain, comm))
+        return kept[1]
+
+
+def named(details: Details, exe: Opened, script: Opened | None, certain: bool, comm: str | None = None) -> Details:
+    """
+    A copy of `details` with this executable, and this comm if there was none.
+    """
+    known = {"exe"} if details.comm is not None or comm is None else {"exe", "comm"}
+    return changed(
+        details,
+        exe=exe.path,
+        exe_deleted=exe.deleted,
+        exe_memfd=exe.memfd,
+        exe_dev=exe.dev,
+        exe_inode=exe.inode,
+        exe_size=exe.size,
+        comm=details.comm or comm,
+        script=details.script if script is None else script.path,
+        missing={field: why for field, why in details.missing.items() if field not in known},
+        inferred=details.inferred if certain else (*details.inferred, "exe"),
+    )
