@@ -26,7 +26,7 @@ def size(text: int | str) -> int:
     >>> size("1MiB")
     1048576
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", str(text))
     if match is None or match[2].lower() not in _UNITS:
         raise ConfigError(f"{text!r} is not a size: give bytes, or a number with KiB, MiB or GiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -5,6 +5,7 @@ watch(): the pipeline on an asyncio loop. Owns the loop's readers, the timers an
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator
@@ -14,7 +15,7 @@ from typing import Self
 from procwatch import options
 from procwatch.clock import Clock
 from procwatch.errors import ConfigError, ProcwatchError
-from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, Running
+from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, Running, Stop, Vanished
 from procwatch.pipeline import Pipeline, Stats
 from procwatch.sources import select
 from procwatch.sources.base import Source
@@ -54,12 +55,16 @@ class Subscription:
         if self._dropped and room > 0:
             self._tell_dropped(batch[0].time if batch else None)
             room -= 1
-        if len(batch) > room:
-            dropped = batch[max(room, 0) :]
-            batch = batch[: max(room, 0)]
+        queue.extend(batch[: max(room, 0)])
+        dropped = batch[max(room, 0) :]
+        last = dropped.pop() if dropped and type(dropped[-1]) is Stop else None
+        if dropped:
             self._since = self._since or dropped[0].time
             self._dropped += len(dropped)
-        queue.extend(batch)
+        if last is not None:  # it comes always
+            if self._dropped:
+                self._tell_dropped(last.time)
+            queue.append(last)
         self.peak = max(self.peak, len(queue))
         self._wake.set()
 
@@ -167,8 +172,10 @@ class Watcher:
             ("count", count, 1),
             ("for_s", for_s, 0),
         ):
-            if value is not None and not value >= least:
+            if value is not None and not least <= value < math.inf:
                 raise ConfigError(f"{name}={value} cannot be: {least} or more")
+        if sources is not None and not sources:
+            raise ConfigError("sources=[] cannot be: at least one")
         self._backend = backend
         self._kinds = kinds | ({"running"} if initial else frozenset())
         self._initial = initial
@@ -187,8 +194,8 @@ class Watcher:
         self._subscriptions: list[Subscription] = []
         self._sinks: list[Sink] = []
         self._default: Subscription | None = None
-        self._exits: OrderedDict[str, Exit] = OrderedDict()
-        self._waiting: dict[str, list[asyncio.Future[Exit]]] = {}
+        self._exits: OrderedDict[str, Draft] = OrderedDict()
+        self._waiting: dict[int, list[asyncio.Future[Draft | None]]] = {}  # by pid: an id may be corrected by a tick
         self._on_end: list[Callable[[], None]] = []
         self._failure: BaseException | None = None
         self._stopped = False
@@ -243,8 +250,13 @@ class Watcher:
     def _select(self) -> select.Selection:
         if self._given is None:
             return select.open_sources(self._backend, self._options)
-        for source in self._given:
-            source.open()
+        try:
+            for source in self._given:
+                source.open()
+        except BaseException:
+            for source in self._given:
+                source.close()
+            raise
         return select.Selection(self._given[0].name, list(self._given), [])
 
     def stop(self) -> None:
@@ -286,7 +298,8 @@ class Watcher:
             call()
         for futures in self._waiting.values():
             for future in futures:
-                future.cancel()
+                if not future.done():
+                    future.set_result(None)
         self._waiting.clear()
 
     def raise_failure(self) -> None:
@@ -356,20 +369,22 @@ class Watcher:
             return
         for sink in self._sinks:
             sink(drafts)
-        if not self._subscriptions and not self._waiting:
-            return
-        batch = list(map(self.maker.event, drafts))
-        for subscription in self._subscriptions:
-            subscription.put(batch)
-        for event in batch:
-            if type(event) is Exit:
-                self._exits[event.id] = event
-                if event.id in self._waiting:
-                    for future in self._waiting.pop(event.id):
-                        if not future.done():
-                            future.set_result(event)
-        while len(self._exits) > RECENT_EXITS:
-            self._exits.popitem(last=False)
+        if self._subscriptions:
+            batch = list(map(self.maker.event, drafts))
+            for subscription in self._subscriptions:
+                subscription.put(batch)
+        for draft in drafts:
+            if isinstance(draft, Draft) and (draft.kind is Exit or draft.kind is Vanished):
+                self._ended(draft)
+
+    def _ended(self, draft: Draft) -> None:
+        if draft.kind is Exit:
+            self._exits[draft.who.id] = draft
+            if len(self._exits) > RECENT_EXITS:
+                self._exits.popitem(last=False)
+        for future in self._waiting.pop(draft.who.pid, ()):
+            if not future.done():
+                future.set_result(draft)
 
     # For users
 
@@ -426,19 +441,28 @@ class Watcher:
 
         Raises:
             ConfigError: The watcher does not make `exit` events.
-            LookupError: No such process is alive, nor was among the last 4096 that ended.
+            LookupError: No such process is alive, nor was among the last 4096 that ended; or its end was not seen.
+            ProcwatchError: The watcher ended first.
         """
         if "exit" not in self._kinds:
             raise ConfigError("wait_exit() needs the kind 'exit' among the watcher's kinds")
-        if id in self._exits:
-            return self._exits[id]
-        parts = id.split("-")
-        process = self.get(int(parts[1])) if len(parts) == 3 and parts[1].isdigit() else None
-        if process is None or process.id != id:
-            raise LookupError(f"no process {id!r} is alive")
-        future: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(id, []).append(future)
-        return await future
+        ended: Draft | None = self._exits.get(id)
+        if ended is None:
+            parts = id.split("-")
+            pid = int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else 0
+            process = self.get(pid)
+            if self._stopped or ((process is None or process.id != id) and not self._started().table.is_ending(id)):
+                raise LookupError(f"no process {id!r} is alive")
+            future: asyncio.Future[Draft | None] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(pid, []).append(future)
+            ended = await future
+            if ended is None:
+                raise ProcwatchError(f"the watcher ended before {id!r} did")
+            if ended.kind is not Exit:
+                raise LookupError(f"the end of {id!r} was not seen")
+        event = self.maker.event(ended)
+        assert isinstance(event, Exit)
+        return event
 
     def __aiter__(self) -> AsyncIterator[AnyEvent]:
         self._started()

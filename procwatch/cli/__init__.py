@@ -13,9 +13,10 @@ from procwatch import __version__
 from procwatch.cli.ps import ps
 from procwatch.cli.watch import watch
 from procwatch.errors import ConfigError, ProcwatchError
+from procwatch.formats.text import safe
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
 @click.version_option(__version__, prog_name="procwatch")
 def cli() -> None:
     """
@@ -37,7 +38,7 @@ def main() -> None:
         hint = ""
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f" (see {error.ctx.command_path} --help)"
-        _fail(error.format_message().replace("\n", " ") + hint, 2)
+        _fail(error.format_message() + hint, 2)
     except ConfigError as error:
         _fail(str(error), 2)
     except ProcwatchError as error:
@@ -52,5 +53,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"procwatch: {message}\n")
+    click.echo(f"procwatch: {safe(message)}", err=True)
     sys.exit(code)

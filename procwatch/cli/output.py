@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from procwatch.errors import ConfigError
+from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import Event
 from procwatch.table.draft import Draft, Maker
 
@@ -43,19 +44,33 @@ def encoder(form: str, fd: int, maker: Maker, *, indent: bool = False) -> Encode
     return lambda item, buffer: console.encode_into(maker.event(item), buffer)
 
 
-def open_output(path: str | None) -> int:
+@contextmanager
+def opened(path: str | None) -> Iterator[int]:
     """
-    The descriptor to write to: standard output, or a file that is appended to, made with mode 0640.
+    The descriptor to write to: standard output, or a file that is appended to, made with mode 0640; closed at the end.
 
     Raises:
         ConfigError: It cannot be written.
     """
     if path is None or path == "-":
         try:
-            return sys.stdout.fileno()
+            fd = sys.stdout.fileno()
         except (OSError, ValueError, AttributeError) as error:
             raise ConfigError("standard output is closed: give --output FILE") from error
+        yield fd
+        return
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
     except OSError as error:
         raise ConfigError(f"cannot write to {path}: {os.strerror(error.errno or 0)}") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def cannot_write(error: OSError) -> ProcwatchError:
+    """
+    What to tell when the output fails later.
+    """
+    return ProcwatchError(f"cannot write: {os.strerror(error.errno or 0)}")

@@ -5,11 +5,10 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import click
 
-from procwatch.cli.output import encoder, format_option, open_output
+from procwatch.cli.output import cannot_write, encoder, format_option, opened
 from procwatch.clock import Clock
 from procwatch.table.draft import Maker
 from procwatch.watcher import snapshot
@@ -22,10 +21,15 @@ def ps(form: str, output: str | None) -> None:
     """
     Print the processes that run now.
     """
-    fd = open_output(output)
-    encode_into = encoder(form, fd, Maker("", Clock()))
-    lines = bytearray()
-    for event in snapshot():
-        encode_into(event, lines)
-    with os.fdopen(fd, "wb", closefd=fd != sys.stdout.fileno()) as stream:
-        stream.write(lines)
+    with opened(output) as fd:
+        encode_into = encoder(form, fd, Maker("", Clock()))
+        lines = bytearray()
+        for event in snapshot():
+            encode_into(event, lines)
+        try:
+            while lines:
+                del lines[: os.write(fd, lines)]
+        except BrokenPipeError:  # the reader has seen enough
+            pass
+        except OSError as error:
+            raise cannot_write(error) from error

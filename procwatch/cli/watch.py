@@ -5,15 +5,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import sys
 from typing import Any
 
 import click
 
-from procwatch.cli.output import encoder, format_option, open_output
-from procwatch.errors import ProcwatchError
+from procwatch.cli.output import cannot_write, encoder, format_option, opened
 from procwatch.events import DEFAULT_KINDS, KINDS
 from procwatch.sinks.stream import StreamSink
 from procwatch.sources.select import BACKENDS, OPTIONAL
@@ -64,12 +61,8 @@ def watch(form: str, output: str | None, without: str, log_level: str, log_forma
 
     logger = log.configure(log_level, log_format)
     watcher = Watcher(without=[name for name in without.split(",") if name], **options)
-    fd = open_output(output)
-    try:
+    with opened(output) as fd:
         asyncio.run(_watch(watcher, fd, form, options["latency_ms"] / 1000, logger))
-    finally:
-        if fd != sys.stdout.fileno():
-            os.close(fd)
 
 
 async def _watch(watcher: Watcher, fd: int, form: str, latency_s: float, logger: Any) -> None:
@@ -96,7 +89,7 @@ async def _watch(watcher: Watcher, fd: int, form: str, latency_s: float, logger:
     sink.finish()
     watcher.raise_failure()
     if failures:
-        raise ProcwatchError(f"cannot write: {os.strerror(failures[0].errno or 0)}")
+        raise cannot_write(failures[0])
 
 
 def _stop(watcher: Watcher, loop: asyncio.AbstractEventLoop) -> None:

@@ -6,9 +6,13 @@ from __future__ import annotations
 
 import re
 
-# C0 and C1 controls, DEL, lone surrogates (bytes that are not UTF-8), line separators, and the marks that reorder text.
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-_PLAIN = re.compile(r"[\w@%+=:,./~^-]+", re.ASCII)
+# C0 and C1 controls, DEL, lone surrogates (bytes that are not UTF-8), line separators, the marks that reorder text, and
+# those that cannot be seen.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f\ud800-\udfff]"
+)
+_PLAIN = re.compile(r"[\w@%+=:,./^-]+", re.ASCII)
 _NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t", "\x1b": r"\e", "\x07": r"\a", "\x08": r"\b"}
 
 
@@ -19,7 +23,9 @@ def _escape(match: re.Match[str]) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: the byte itself
         return f"\\x{code - 0xDC00:02x}"
-    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}"
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def safe(text: str) -> str:

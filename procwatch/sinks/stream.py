@@ -11,7 +11,7 @@ import select
 import stat
 from collections.abc import Callable
 
-from procwatch.events import Event, Lost
+from procwatch.events import Event, Lost, Stop
 from procwatch.table.draft import Draft, Maker
 
 MAX_PENDING = 64 << 20
@@ -70,12 +70,10 @@ class StreamSink:
             return
         buffer = self._buffer
         for event in batch:
-            if len(buffer) > MAX_PENDING:
+            if len(buffer) > MAX_PENDING and type(event) is not Stop:
                 self._drop(event)
                 continue
-            if self._dropped is not None:
-                self._encode_into(self._dropped, buffer)
-                self._dropped = None
+            self._tell_dropped()
             self._encode_into(event, buffer)
         if self._waiting or self._timer is not None:
             return
@@ -112,10 +110,11 @@ class StreamSink:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._tell_dropped()
         while self._buffer and not self._broken:
             self._write()
             if self._buffer and not self._broken:
-                select.select([], [self._fd], [])
+                self._writable(None)
 
     def _write(self) -> None:
         buffer = self._buffer
@@ -139,10 +138,15 @@ class StreamSink:
                 self._on_error(error)
         del buffer[:done]
 
-    def _writable(self) -> bool:
+    def _writable(self, timeout_ms: int | None = 0) -> bool:
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
-        return bool(poll.poll(0))
+        return bool(poll.poll(timeout_ms))
+
+    def _tell_dropped(self) -> None:
+        if self._dropped is not None:
+            self._encode_into(self._dropped, self._buffer)
+            self._dropped = None
 
     def _drop(self, item: Event | Draft) -> None:
         event = self._maker.event(item)

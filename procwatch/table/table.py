@@ -201,6 +201,13 @@ class Table:
                 self._decide(item, look=False)
         return self.flush_drafts(0)
 
+    def is_ending(self, identity: str) -> bool:
+        """
+        Whether the exit of a process is held back behind an undecided fork.
+        """
+        held = (item for item in self._out if isinstance(item, Draft) and item.kind is events.Exit)
+        return any(draft.who.id == identity for draft in held)
+
     def emit(self, event: Event) -> None:
         """
         Put an event that is not made from facts into the output.
