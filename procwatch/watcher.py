@@ -25,7 +25,8 @@ from procwatch.table.process import Process
 QUEUE = 65_536
 # Ends that wait_exit() still answers for, after the process left the table.
 RECENT_EXITS = 4096
-Sink = Callable[[list[Event | Draft]], None]
+Sink = Callable[[list[Event]], None]
+DraftSink = Callable[[list[Event | Draft]], None]
 
 
 class Subscription:
@@ -193,6 +194,7 @@ class Watcher:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._subscriptions: list[Subscription] = []
         self._sinks: list[Sink] = []
+        self._draft_sinks: list[DraftSink] = []
         self._default: Subscription | None = None
         self._exits: OrderedDict[str, Draft] = OrderedDict()
         self._waiting: dict[int, list[asyncio.Future[Draft | None]]] = {}  # by pid: an id may be corrected by a tick
@@ -230,7 +232,7 @@ class Watcher:
                 ancestors=self._ancestors,
                 limit=self._count,
             )
-            self._default = self.subscribe() if not self._sinks else None
+            self._default = None if self._sinks or self._draft_sinks else self.subscribe()
             self._give(self._pipeline.start(initial=self._initial))
         except BaseException:
             for source in selection.sources:
@@ -367,10 +369,12 @@ class Watcher:
     def _give(self, drafts: list[Event | Draft]) -> None:
         if not drafts:
             return
-        for sink in self._sinks:
-            sink(drafts)
-        if self._subscriptions:
+        for draft_sink in self._draft_sinks:
+            draft_sink(drafts)
+        if self._subscriptions or self._sinks:
             batch = list(map(self.maker.event, drafts))
+            for sink in self._sinks:
+                sink(batch)
             for subscription in self._subscriptions:
                 subscription.put(batch)
         for draft in drafts:
@@ -424,10 +428,16 @@ class Watcher:
 
     def add_sink(self, sink: Sink) -> None:
         """
-        Call `sink` with each batch, of events and of drafts that `maker` makes events of. One that is added before the
-        start replaces the default consumer, so nobody needs to iterate.
+        Call `sink` with each batch of events. One that is added before the start replaces the default consumer, so
+        nobody needs to iterate.
         """
         self._sinks.append(sink)
+
+    def add_draft_sink(self, sink: DraftSink) -> None:
+        """
+        The same for a sink that can write drafts, which `maker` makes events of.
+        """
+        self._draft_sinks.append(sink)
 
     def on_end(self, call: Callable[[], None]) -> None:
         """

@@ -76,7 +76,7 @@ async def _watch(watcher: Watcher, fd: int, form: str, latency_s: float, logger:
 
     maker = watcher.maker
     sink = StreamSink(fd, encoder(form, fd, maker), maker, latency_s=latency_s, on_closed=ended.set, on_error=broken)
-    watcher.add_sink(sink)
+    watcher.add_draft_sink(sink)
     watcher.on_end(ended.set)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _stop, watcher, loop)

@@ -11,21 +11,13 @@ from procwatch.facts import EXITED, PERMISSION, Details
 from procwatch.table.process import AT_EXEC, AT_FORK, MAX_DEPTH, Process, as_inferred, changed, inherit
 
 
-class Watched(Process):
-    """
-    A record that can be seen to be freed.
-    """
-
-    __slots__ = ("__weakref__",)
-
-
 def chain(length: int, *, ended: bool) -> Process:
     """
     The youngest of `length` generations, of which all others have ended or live.
     """
-    process = Watched(1, 1, "b-1-1", None, Details())
+    process = Process(1, 1, "b-1-1", None, Details())
     for pid in range(2, length + 1):
-        child = Watched(pid, pid, f"b-{pid}-{pid}", process, Details())
+        child = Process(pid, pid, f"b-{pid}-{pid}", process, Details())
         process.ended = ended
         process = child
     return process
@@ -49,13 +41,13 @@ def test_a_process_that_respawns_itself_for_ever_keeps_few_ancestors():
     """
     The chain of ended ancestors is cut, and what was cut off is freed.
     """
-    first = Watched(1, 1, "b-1-1", None, Details())
+    first = Process(1, 1, "b-1-1", None, Details())
     gone = weakref.ref(first)
     process: Process = first
     del first
     for pid in range(2, 10 * MAX_DEPTH):
         process.ended = True
-        process = Watched(pid, pid, f"b-{pid}-{pid}", process, Details())
+        process = Process(pid, pid, f"b-{pid}-{pid}", process, Details())
         assert len(list(process.ancestors())) <= MAX_DEPTH
     gc.collect()
     assert gone() is None
@@ -125,4 +117,4 @@ def test_inferred_names_only_what_is_set():
     """
     A child has of its parent what the parent has.
     """
-    assert as_inferred(Details(exe="/bin/a", uid=0), AT_FORK) == ["exe", "uid"]
+    assert as_inferred(Process(5, 9, "b-5-9", None, Details(exe="/bin/a", uid=0)), AT_FORK) == ["exe", "uid"]

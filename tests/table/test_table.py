@@ -35,8 +35,8 @@ from procwatch.facts import (
     Thread,
     Usage,
 )
-from procwatch.table.identity import NS_PER_TICK
 from procwatch.table.draft import Maker
+from procwatch.table.identity import NS_PER_TICK
 from procwatch.table.table import HOLD_NS, MAX_HELD_EVENTS, Table
 
 MS = 1_000_000
@@ -58,7 +58,8 @@ class Bench:
     """
 
     def __init__(self, *, look: Callable[[int], Details] | None = None, **options: Any) -> None:
-        self.table = Table(boot=BOOT, maker=Maker("h", Clock(offset_ns=0)), look=look, **options)
+        self.maker = Maker("h", Clock(offset_ns=0))
+        self.table = Table(boot=BOOT, maker=self.maker, look=look, **options)
         self.shell = details("/bin/sh", ["sh"], uid=7, start_ticks=50, ppid=1)
         self.table.snapshot([Alive(T0, SHELL, self.shell)], T0, tell=False)
         assert self.table.flush(T0) == []
@@ -74,7 +75,7 @@ class Bench:
         """
         All that is left.
         """
-        return self.table.drain()
+        return [self.maker.event(draft) for draft in self.table.drain()]
 
 
 def details(exe: str | None = "/bin/x", argv: list[str] | None = None, **fields: Any) -> Details:
