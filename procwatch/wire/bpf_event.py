@@ -26,6 +26,7 @@ from procwatch.facts import (
     Fork,
     Usage,
 )
+from procwatch.wire.procfs import tty_name
 
 EXEC, FORK, EXIT, ARGV, EXEC_FAILED = 1, 2, 3, 4, 5
 KINDS = {EXEC: "exec", FORK: "fork", EXIT: "exit", EXEC_FAILED: "exec_failed"}
@@ -39,7 +40,7 @@ EXE_CUT, EXE_DETACHED, EXE_DELETED, CWD_CUT, CGROUP_CUT, FILE_CUT, SCRIPT = (1 <
 ARGV_CUT, ARGV_FAULT, SETUID, SETGID, CAPABILITIES, NO_MM = (1 << bit for bit in range(7, 13))
 
 # Each is the whole of a record's fixed part: one unpack, for that is what costs. Ring header: length, (page offset).
-# Common head: (kind), pid, time, start ticks, ppid, flags or bytes that follow.
+# Common head: (kind), pid, time, start (ticks; exit: ns), ppid, flags or bytes that follow.
 _HEAD = struct.Struct("<I4x4xIQQII")
 _AFTER_HEAD = _HEAD.size
 # inode, size, dev, maxrss; uid gid euid egid auid session tty ns_pid; namespaces; comm; argv here, argv before; lengths
@@ -73,32 +74,24 @@ def path(components: bytes) -> str:
     return "/" + b"/".join(name for name in names if name not in (b"", b"/")).decode("utf-8", "surrogateescape")
 
 
-def tty_name(dev: int) -> str:
-    """
-    Name of a terminal by its device number (20 bits of minor), as ps shows it; devices.txt of the kernel.
-
-    >>> tty_name(136 << 20 | 3), tty_name(4 << 20 | 1), tty_name(4 << 20 | 64), tty_name(229 << 20), tty_name(0)
-    ('pts/3', 'tty1', 'ttyS0', '229:0', '')
-    """
-    major, minor = dev >> 20, dev & 0xFFFFF
-    if 136 <= major <= 143:
-        return f"pts/{(major - 136) * 256 + minor}"
-    if major == 4:
-        return f"tty{minor}" if minor < 64 else f"ttyS{minor - 64}"
-    return f"{major}:{minor}" if dev else ""
-
-
 def script_path(file: str, cwd: str) -> str:
     """
-    The script that was executed, absolute. `..` stays: it may lead through a symlink that we cannot see.
+    The script that was executed, absolute. A `..` behind a name stays: that name may be a symlink, which we cannot see.
 
-    >>> script_path("./run", "/srv"), script_path("/bin/run", "/srv"), script_path("../run", "/")
-    ('/srv/run', '/bin/run', '/../run')
+    >>> script_path("./run", "/srv"), script_path("../run", "/srv/bin"), script_path("/bin/../run", "/srv")
+    ('/srv/run', '/srv/run', '/bin/../run')
     """
-    if file.startswith("/"):
-        return file
-    names = [name for name in file.split("/") if name not in ("", ".")]
-    return "/".join([cwd.rstrip("/"), *names])
+    names = [] if file.startswith("/") else [name for name in cwd.split("/") if name]
+    resolved = True  # as long as all of it is from the kernel's own walk
+    for name in file.split("/"):
+        if name in ("", "."):
+            continue
+        if name == ".." and resolved:
+            del names[-1:]
+        else:
+            names.append(name)
+            resolved = False
+    return "/" + "/".join(names)
 
 
 def cpu_times(utime: int, stime: int, runtime: int) -> tuple[int, int]:

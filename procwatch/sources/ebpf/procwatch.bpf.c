@@ -52,7 +52,7 @@ struct head {
 	u32 kind;
 	u32 pid;
 	u64 time; /* CLOCK_BOOTTIME ns */
-	u64 start; /* of the process, in ticks since boot */
+	u64 start; /* of the process: exec, fork: ticks since boot, what /proc has; exit: ns */
 	u32 ppid;
 	u32 extra; /* exec, exit: flags; fork, argv, exec_failed: bytes that follow */
 };
@@ -198,7 +198,7 @@ static __always_inline void fill_head(struct head *head, enum kind kind, struct 
 	head->kind = kind;
 	head->time = bpf_ktime_get_boot_ns();
 	head->pid = BPF_CORE_READ(task, tgid);
-	head->start = BPF_CORE_READ(task, group_leader, start_boottime) / settings.ns_per_tick;
+	head->start = BPF_CORE_READ(task, group_leader, start_boottime);
 	head->ppid = BPF_CORE_READ(task, real_parent, tgid);
 	head->extra = 0;
 }
@@ -309,11 +309,12 @@ static __always_inline u32 rank(struct cgroup_root *root)
 	RANK(mask, pids_cgrp_id, 2);
 	RANK(mask, memory_cgrp_id, 3);
 	RANK(mask, cpu_cgrp_id, 4);
-	RANK(mask, cpuset_cgrp_id, 5);
-	RANK(mask, devices_cgrp_id, 6);
-	RANK(mask, freezer_cgrp_id, 7);
-	RANK(mask, io_cgrp_id, 8);
-	return 9;
+	RANK(mask, cpuacct_cgrp_id, 5);
+	RANK(mask, cpuset_cgrp_id, 6);
+	RANK(mask, devices_cgrp_id, 7);
+	RANK(mask, freezer_cgrp_id, 8);
+	RANK(mask, io_cgrp_id, 9);
+	return 10;
 }
 
 static long search_step(u32 i, struct cgroup_search **ctx)
@@ -374,6 +375,7 @@ static __always_inline void fill_ids(struct exec_record *rec, struct task_struct
 	struct signal_struct *signal = BPF_CORE_READ(task, signal);
 	struct tty_struct *tty = BPF_CORE_READ(signal, tty);
 	struct tty_driver *driver;
+	u32 minor;
 
 	rec->uid = BPF_CORE_READ(cred, uid.val);
 	rec->gid = BPF_CORE_READ(cred, gid.val);
@@ -387,8 +389,8 @@ static __always_inline void fill_ids(struct exec_record *rec, struct task_struct
 	rec->tty = 0;
 	if (tty) {
 		driver = BPF_CORE_READ(tty, driver);
-		rec->tty = (BPF_CORE_READ(driver, major) << 20 | BPF_CORE_READ(driver, minor_start)) +
-			   BPF_CORE_READ(tty, index);
+		minor = BPF_CORE_READ(driver, minor_start) + BPF_CORE_READ(tty, index);
+		rec->tty = (minor & 0xff) | BPF_CORE_READ(driver, major) << 8 | (minor & ~0xff) << 12; /* new_encode_dev() */
 	}
 	bpf_core_read(rec->comm, sizeof(rec->comm), &task->comm);
 }
@@ -550,6 +552,7 @@ int on_exec(struct raw_args *ctx)
 	fill_head(&s->rec.head, EXEC, task);
 	if (s->rec.head.pid == settings.mute_pid)
 		return 0;
+	s->rec.head.start /= settings.ns_per_tick;
 	cred = BPF_CORE_READ(task, cred);
 	file = BPF_CORE_READ(bprm, file);
 	fill_ids(&s->rec, task, cred);
@@ -581,6 +584,7 @@ int on_fork(struct raw_args *ctx)
 	if (!s)
 		return 0;
 	fill_head(&s->head, FORK, child);
+	s->head.start /= settings.ns_per_tick;
 	s->str.off = 0;
 	/* clone3() can put the child elsewhere; else the reader knows the cgroup from the parent. */
 	if (BPF_CORE_READ(child, cgroups) != BPF_CORE_READ(parent, cgroups))
