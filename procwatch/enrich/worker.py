@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable
 
-import structlog
-
-log = structlog.get_logger()
+log = logging.getLogger(__name__)
 
 
 class Worker:
@@ -67,7 +66,7 @@ class Worker:
             try:
                 job()
             except Exception:
-                log.exception("a job failed; its fields stay unknown", worker=self._name)
+                log.exception("%s: a job failed; its fields stay unknown", self._name)
 
     def _next(self) -> Callable[[], None] | None:
         with self._wake:

@@ -217,7 +217,7 @@ def outer_bundle(directory: Path, rootfs: Path, command: str) -> Path:
     return path
 
 
-def test_runc_in_runc(tmp_path: Path, rootfs: Path, look: Callable[[Roots], Seen]) -> None:
+def test_runc_in_runc(tmp_path: Path, rootfs: Path, look: Callable[[Roots], Seen], no_leaks: None) -> None:
     """
     A runc inside a runc container: the innermost wins, and the one around it is kept.
     """
