@@ -19,7 +19,7 @@ CONTAINERD = gzip.decompress((CAPTURES / "containerd-1.6-meta.db.gz").read_bytes
 PODMAN = gzip.decompress((CAPTURES / "podman-4.3-bolt_state.db.gz").read_bytes())
 
 
-@pytest.mark.parametrize("number", [1, 9, 17, 40])
+@pytest.mark.parametrize("number", [1, 9, 99, 180])
 def test_value_in_a_large_bucket(number: int) -> None:
     """
     A key is found through branch pages.
