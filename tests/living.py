@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import traceback
@@ -18,6 +19,7 @@ T = TypeVar("T")
 NOBODY = 65534
 CLONE_NEWNS = 0x00020000
 CLONE_NEWPID = 0x20000000
+PR_SET_PDEATHSIG = 1
 MS_REC_PRIVATE = 0x4000 | 0x40000
 
 
@@ -66,6 +68,7 @@ def elsewhere(
     if child == 0:
         result: object
         try:
+            _end_with_parent()
             if pid_namespace or foreign_proc:
                 _in_new_namespace()
             if hidepid is not None or pid_namespace:
@@ -81,9 +84,12 @@ def elsewhere(
             pickle.dump(result, pipe)
         os._exit(0)
     os.close(writer)
-    with open(reader, "rb") as pipe:
-        data = pipe.read()
-    os.waitpid(child, 0)
+    try:
+        with open(reader, "rb") as pipe:
+            data = pipe.read()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     good, value = pickle.loads(data)  # written by ourselves
     assert good, value
     return value  # type: ignore[no-any-return]
@@ -99,6 +105,14 @@ def _in_new_namespace() -> None:
     if child:
         os.waitpid(child, 0)
         os._exit(0)
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """
+    So that a test which is given up leaves nothing running.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _own_proc(hidepid: str) -> None:
