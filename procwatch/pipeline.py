@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection
 from msgspec import Struct
 
 from procwatch import __version__
-from procwatch.events import DEFAULT_KINDS, Event, Lost, Ready, Skipped, Stop
+from procwatch.events import DEFAULT_KINDS, Container, ContainerEvent, Event, Lost, Ready, Skipped, Stop
 from procwatch.facts import REPLACED, Details, Exec, Fact, Thread
 from procwatch.sources import procfs
 from procwatch.sources.base import Source, SourceStats
@@ -105,6 +105,7 @@ class Pipeline:
             skipped=skipped,
             kernel=os.uname().release,
         )
+        self._kinds = frozenset(kinds)
         self.finished = False
         self._limit = limit
         self._counts: dict[str, int] = {}
@@ -171,6 +172,17 @@ class Pipeline:
             )
         )
         return last
+
+    def announce(self, containers: list[tuple[Container, str]]) -> list[Event | Draft]:
+        """
+        `container` events for containers whose names have become known, each with its cgroup.
+        """
+        now = self.clock.now_ns()
+        if "container" in self._kinds:
+            for container, cgroup in containers:
+                stamp = self.clock.stamp(now)
+                self.table.emit(ContainerEvent(time=stamp, host=self._host, container=container, cgroup=cgroup))
+        return self._count(self.table.flush_drafts(now))
 
     def stats(self) -> Stats:
         """

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator
 from types import TracebackType
@@ -14,6 +15,7 @@ from typing import Self
 
 from procwatch import options
 from procwatch.clock import Clock
+from procwatch.enrich.enricher import Enricher
 from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, Running, Stop, Vanished
 from procwatch.pipeline import Pipeline, Stats
@@ -25,6 +27,8 @@ from procwatch.table.process import Process
 QUEUE = 65_536
 # Ends that wait_exit() still answers for, after the process left the table.
 RECENT_EXITS = 4096
+# snapshot() waits so long for the names of containers, which a thread reads from disk.
+NAMES_S = 1.0
 Sink = Callable[[list[Event]], None]
 DraftSink = Callable[[list[Event | Draft]], None]
 
@@ -188,6 +192,7 @@ class Watcher:
         self._queue = queue
         self._given = sources
         self.maker = Maker(socket.gethostname(), Clock())  # makes events of the drafts that sinks get
+        self._enricher: Enricher | None = None
         self._pipeline: Pipeline | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fds: dict[int, Source] = {}
@@ -221,6 +226,8 @@ class Watcher:
             raise ProcwatchError("a watcher can be started only once: make another")
         self._loop = asyncio.get_running_loop()
         selection = self._select()
+        self._enricher = Enricher(on_ready=self._wake_for_names)
+        self.maker.names = self._enricher
         try:
             self._pipeline = Pipeline(
                 selection.backend,
@@ -292,6 +299,8 @@ class Watcher:
         self._timers.clear()
 
     def _finish(self) -> None:
+        if self._enricher is not None:
+            self._enricher.close()
         if self._pipeline is not None:
             self._pipeline.close()
         for subscription in self._subscriptions:
@@ -349,6 +358,23 @@ class Watcher:
             if self._pipeline.finished:
                 self.stop()
             self._schedule()
+
+    def _wake_for_names(self) -> None:
+        """
+        Called in a worker's thread.
+        """
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._named)
+        except RuntimeError:  # the loop was closed meanwhile
+            pass
+
+    def _named(self) -> None:
+        """
+        A worker has found names.
+        """
+        if not self._stopped and self._pipeline is not None and self._enricher is not None:
+            self._give(self._pipeline.announce(self._enricher.collect()))
 
     def _schedule(self) -> None:
         """
@@ -533,7 +559,18 @@ def snapshot() -> list[Running]:
     """
     The processes that live now, as `running` events.
     """
-    maker = Maker(socket.gethostname(), Clock())
-    pipeline = Pipeline("scan", [], [], maker=maker, kinds=("running",))
-    events = map(maker.event, pipeline.start(initial=True))
+    enricher = Enricher()
+    maker = Maker(socket.gethostname(), Clock(), enricher)
+    try:
+        drafts = Pipeline("scan", [], [], maker=maker, kinds=("running",)).start(initial=True)
+        names_wanted = {draft.details.cgroup for draft in drafts if isinstance(draft, Draft)}
+        for cgroup in names_wanted:
+            enricher.place(cgroup)
+        deadline = time.monotonic() + NAMES_S
+        while any(map(enricher.pending, names_wanted)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+            enricher.collect()
+        events = list(map(maker.event, drafts))
+    finally:
+        enricher.close()
     return [event for event in events if type(event) is Running]

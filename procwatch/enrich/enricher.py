@@ -78,7 +78,8 @@ class Enricher:
         # Two threads, because a name service may hang for minutes.
         self._worker = Worker("procwatch-containers")
         self._user_worker = Worker("procwatch-users")
-        self._users = Users(self._user_worker)
+        self.generation = 1  # grows when an answer that was given before would be another now
+        self._users = Users(self._user_worker, changed=self._changed)
         self._places: OrderedDict[str, Placed] = OrderedDict()
         self._known: dict[str, _Known] = {}  # by the container's own cgroup
         self._keys: dict[str, str] = {}  # cgroup -> that of its container, in `_known`
@@ -134,6 +135,7 @@ class Enricher:
                 if known.named:
                     found.append((known.container, key))
             self._put(answer.cgroup, known.container)
+            self.generation += 1
             self._join(answer.cgroup, key, known)
         if self._known and not self._sweeping:
             self._sweep_later()
@@ -149,6 +151,9 @@ class Enricher:
             "pending": len(self._pending),
             "refused": self._worker.refused + self._user_worker.refused,
         }
+
+    def _changed(self) -> None:
+        self.generation += 1
 
     def close(self) -> None:
         """

@@ -24,11 +24,19 @@ class Users:
 
     Args:
         worker: Runs the name service.
+        changed: Called, from either thread, when a name that was asked for before has become known.
         file: In the form of passwd(5).
     """
 
-    def __init__(self, worker: Worker, file: str = "/etc/passwd", clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        file: str = "/etc/passwd",
+        clock: Callable[[], float] = time.monotonic,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
         self._worker = worker
+        self._changed = changed
         self._file = file
         self._clock = clock
         self._names: dict[int, str | None] = {}
@@ -70,6 +78,7 @@ class Users:
         except OSError:
             return
         self._names = dict(parse_passwd(content))
+        self._changed()
 
     def _ask(self, uid: int) -> None:
         try:
@@ -79,6 +88,7 @@ class Users:
         names = self._names
         if names.get(uid) is None:
             names[uid] = name
+            self._changed()
 
 
 def parse_passwd(content: bytes) -> dict[int, str]:

@@ -55,7 +55,6 @@ class Lines:
 
     def __init__(self, maker: Maker) -> None:
         self._maker = maker
-        self._names = maker.names
         self._second_ns = 0  # CLOCK_BOOTTIME at which the wall clock's second in `_heads` began
         self._heads: dict[type[ProcessEvent], bytes] = {}
         self._host = b'Z","host":' + _encode(maker.host) + b","
@@ -78,7 +77,7 @@ class Lines:
             ns = self._turn_second(draft.time_ns)
         details = draft.details
         context = details.line
-        if context is None or details.named != self._names.generation:
+        if context is None or details.named != self._maker.names.generation:
             context = self._context(details)
         who = draft.who
         marks = _CLEAR
@@ -100,14 +99,14 @@ class Lines:
         return who.line
 
     def _context(self, d: Details) -> bytes:
-        container, unit, unit_user = self._names.place(d.cgroup)
+        container, unit, unit_user = self._maker.names.place(d.cgroup)
         context = _Context(
             d.exe, d.exe_deleted, d.file, d.script, d.comm, d.cwd, d.uid, d.gid, d.euid, d.egid,
-            self._names.user(d.uid), d.tty, d.session, d.cgroup, container, unit, unit_user,
+            self._maker.names.user(d.uid), d.tty, d.session, d.cgroup, container, unit, unit_user,
             d.exe_dev, d.exe_inode, d.exe_size, d.exe_memfd, d.namespaces, d.auid, d.privileges,
         )  # fmt: skip
         d.line = _encode(context)[1:-1]
-        d.named = self._names.generation
+        d.named = self._maker.names.generation
         return d.line
 
     def _turn_second(self, time_ns: int) -> int:
