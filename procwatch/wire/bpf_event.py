@@ -115,14 +115,18 @@ def cpu_times(utime: int, stime: int, runtime: int) -> tuple[int, int]:
 class Decoder:
     """
     Turns records into facts; keeps what makes the next record cheap, all of it bounded.
+
+    Args:
+        peaks: Keep each process's peak memory as it was at its exec: for kernels that say at the exit only what the
+            process ever had. One number for each live process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, peaks: bool = False) -> None:
         self._names: dict[bytes, Names] = {}
         self._comms: dict[bytes, str] = {}
         self._namespaces: dict[bytes, dict[str, int]] = {}
         self._parts: dict[int, bytes] = {}
-        self._peaks: dict[int, int] | None = None
+        self._peaks: dict[int, int] | None = {} if peaks else None
 
     def decode(self, data: Bytes, at: int, end: int, facts: list[Fact], limit: int = 1 << 30) -> int:
         """
@@ -210,7 +214,8 @@ class Decoder:
         # fmt: on
         _check(at + _EXIT.size, at, length, end)
         user, system = (runtime, 0) if not stime else cpu_times(utime, stime, runtime)
-        max_rss = self._late_peak(pid, group_peak) if flags & NO_MM else peak * mmap.PAGESIZE
+        # The kernel counts pages in batches for each CPU: of a very small program it may not know any.
+        max_rss = self._late_peak(pid, group_peak) if flags & NO_MM else peak * mmap.PAGESIZE or None
         comm_text = self._comms.get(comm) or self._new_comm(comm)
         facts.append(Exit(time, pid, status, Usage(user, system, max_rss), start, ppid, comm_text))
         return length  # type: ignore[no-any-return]
@@ -236,9 +241,7 @@ class Decoder:
         Peak memory where only signal_struct has it at exit: that includes what ran in the process before its last
         exec, so it is this program's own only when it has grown since.
         """
-        if self._peaks is None:
-            self._peaks = {}
-        before = self._peaks.pop(pid, None)
+        before = self._peaks.pop(pid, None) if self._peaks is not None else None
         return group_peak * mmap.PAGESIZE if before is not None and group_peak > before else None
 
     def _new_names(self, key: bytes) -> Names:

@@ -29,6 +29,7 @@ MOST = 16 * BATCH  # records of one read(): what they become must fit into memor
 _CAPABILITIES = {38: "CAP_PERFMON", 39: "CAP_BPF"}
 _CAP_SYS_ADMIN = 21
 _RELEASE = (5, 17)  # relocation in the kernel, and bpf_loop()
+_MEMORY_AT_EXIT = (6, 16)  # since then the tracepoint comes before the process gives its memory back
 _BTF = "/sys/kernel/btf"
 _LOCKDOWN = "/sys/kernel/security/lockdown"
 
@@ -75,7 +76,7 @@ class Ebpf:
         self._exec_failed = exec_failed
         self._mute_pid = mute_pid
         self._forks = forks
-        self._decoder = Decoder()
+        self._decoder = Decoder(peaks=_version(os.uname().release) < _MEMORY_AT_EXIT)
         self._closing = contextlib.ExitStack()
         self._ring: Ring | None = None
         self._counters: Counters | None = None

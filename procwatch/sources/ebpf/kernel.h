@@ -255,8 +255,14 @@ struct sched_entity {
 	u64 sum_exec_runtime;
 };
 
+struct sched_info {
+	unsigned long long run_delay;
+};
+
 struct task_struct {
 	u32 flags;
+	struct sched_info sched_info;
+	unsigned long nvcsw;
 	struct sched_entity se;
 	struct mm_struct *mm;
 	int exit_code;

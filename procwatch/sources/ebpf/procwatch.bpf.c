@@ -617,6 +617,21 @@ static long times_step(u32 i, struct cpu_times **ctx)
 	return 0;
 }
 
+/*
+ * The scheduler adds up a task's time when it looks, at a tick or a switch. A life that ends before it ever looked has
+ * none. But who never slept was running whenever it did not wait for a CPU, and the waiting is known.
+ */
+static __always_inline void complete_runtime(struct exit_record *rec, struct task_struct *task)
+{
+	u64 lived = rec->head.time - rec->head.start, waited;
+
+	if (!bpf_core_field_exists(task->sched_info.run_delay) || BPF_CORE_READ(task, nvcsw))
+		return;
+	waited = BPF_CORE_READ(task, sched_info.run_delay);
+	if (lived > waited && lived - waited > rec->runtime)
+		rec->runtime = lived - waited;
+}
+
 /* What the group has used: threads that were released are summed up in signal_struct, the others are on its list. */
 static __always_inline void fill_times(struct exit_record *rec, struct task_struct *task, struct signal_struct *signal,
 				       int threads)
@@ -638,6 +653,8 @@ static __always_inline void fill_times(struct exit_record *rec, struct task_stru
 	rec->utime = t->utime;
 	rec->stime = t->stime;
 	rec->runtime = t->runtime;
+	if (threads == 1)
+		complete_runtime(rec, task);
 }
 
 /* Pages in memory, as exact as mm_struct has them without a walk over the CPUs. */
