@@ -365,7 +365,7 @@ DEFAULT_KINDS: tuple[str, ...] = ("exec", "fork", "exit", "running", "vanished",
 
 def raw_of(value: Struct) -> dict[str, Any]:
     """
-    Each field of `value` that holds bytes which are not UTF-8, as base64; nested ones as "parent.comm".
+    Each field of `value` that holds bytes which are not UTF-8, as base64; in others as "parent.exe", "ancestors.0.exe".
     """
     found: dict[str, Any] = {}
     for name in value.__struct_fields__:
@@ -374,8 +374,13 @@ def raw_of(value: Struct) -> dict[str, Any]:
             if not _is_text(field):
                 found[name] = _base64(field)
         elif isinstance(field, list):
-            if field and all(isinstance(item, str) for item in field) and not all(map(_is_text, field)):
-                found[name] = [_base64(item) for item in field]
+            if field and all(isinstance(item, str) for item in field):
+                if not all(map(_is_text, field)):
+                    found[name] = [_base64(item) for item in field]
+                continue
+            for at, item in enumerate(field):
+                if isinstance(item, Struct):
+                    found.update({f"{name}.{at}.{inner}": raw for inner, raw in raw_of(item).items()})
         elif isinstance(field, Struct):
             found.update({f"{name}.{inner}": raw for inner, raw in raw_of(field).items()})
     return found

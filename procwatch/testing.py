@@ -30,7 +30,6 @@ from procwatch.errors import SourceUnavailable
 from procwatch.events import Event
 from procwatch.facts import Details, Exec, Exit, Fact, Fork
 from procwatch.sources.base import SourceStats
-from procwatch.table.draft import Draft
 from procwatch.table.identity import ticks
 from procwatch.watcher import Watcher
 
@@ -175,15 +174,14 @@ class Collector:
 
     def __init__(self, watcher: Watcher) -> None:
         self.events: list[Event] = []
-        self._make = watcher.maker.event
         self._waiting: list[tuple[Callable[[Event], bool], asyncio.Future[Any]]] = []
         watcher.add_sink(self)
 
-    def __call__(self, batch: list[Event | Draft]) -> None:
+    def __call__(self, batch: list[Event]) -> None:
         """
         Take events; called by the watcher.
         """
-        for event in map(self._make, batch):
+        for event in batch:
             self.events.append(event)
             for matches, future in self._waiting:
                 if not future.done() and matches(event):

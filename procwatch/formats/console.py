@@ -14,7 +14,7 @@ from procwatch.events import Event, ProcessEvent
 from procwatch.formats.text import quote, quote_all, safe
 
 _COLOURS = {"exec": "32", "fork": "34", "exit": "2", "failed": "1;31", "lost": "1;33", "note": "2", "running": "36"}
-_HEADING = f"{'TIME':12}  {'EVENT':8} {'PID':>7} {'USER':10} {'PARENT':20} {'RESULT':>9} {'LIVED':>8}  COMMAND"
+_HEADING = f"{'TIME':12}  {'EVENT':8} {'PID':>7} {'USER':10} {'PARENT':20} {'RESULT':>12} {'LIVED':>8}  COMMAND"
 
 
 class Console:
@@ -60,7 +60,9 @@ class Console:
         by = f"{_base(parent.exe) or parent.comm or '?'}({parent.pid})" if parent else str(event.ppid or "-")
         depth = len(event.ancestors or ()) if self._indent else 0
         head = f"{_clock(event)}  {event.event:8} {event.pid:>7} {_cut(user, 10):10} {_cut(safe(by), 20):20}"
-        return self._paint(f"{head} {result:>9} {lived:>8}", paint or event.event) + f"  {'  ' * depth}{command(event)}"
+        return (
+            self._paint(f"{head} {result:>12} {lived:>8}", paint or event.event) + f"  {'  ' * depth}{command(event)}"
+        )
 
     def _process(self, event: ProcessEvent) -> str:
         return self._row(event)

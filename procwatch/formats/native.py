@@ -55,7 +55,7 @@ class Lines:
 
     def __init__(self, maker: Maker) -> None:
         self._maker = maker
-        self._second_ns = 0  # CLOCK_BOOTTIME at which the wall clock's second in `_heads` began
+        self._second_ns = -1 << 62  # CLOCK_BOOTTIME at which the wall clock's second in `_heads` began
         self._heads: dict[type[ProcessEvent], bytes] = {}
         self._host = b'Z","host":' + _encode(maker.host) + b","
 
