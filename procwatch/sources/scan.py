@@ -16,7 +16,8 @@ How it stays cheap and still knows what it missed:
   exec and by nothing else, so that setproctitle and prctl(PR_SET_NAME) are not taken for one. They are shown to who may
   trace the process; of others' processes comm and argv must both have changed. (So an exec of another user's
   process that keeps its comm is not seen, and one that sets both itself is taken for an exec.)
-  Looks at one process get rarer with its age: every 1/16 of its age until its first exec, then every 1/4.
+  Looks at one process get rarer with its age: every 1/16 of its age while it is younger than a second
+  and has executed nothing, else every 1/4.
 - Losses: /proc/stat counts births since boot. Births minus what was seen is an upper bound for the processes that were
   missed, because threads count too and may end unseen.
 
@@ -66,12 +67,11 @@ class _Known:
     A live process that the scan has told of, or found at open().
     """
 
-    __slots__ = ("argv", "comm", "ended_ns", "fd", "half_way", "image", "pid", "seen_ns", "start_ticks", "unexecuted")
+    __slots__ = ("argv", "comm", "ended_ns", "fd", "half_way", "image", "pid", "start_ticks", "unexecuted")
 
-    def __init__(self, pid: int, state: Stat, seen_ns: int) -> None:
+    def __init__(self, pid: int, state: Stat) -> None:
         self.pid = pid
         self.start_ticks = state.start_ticks
-        self.seen_ns = seen_ns
         self.comm = state.comm
         self.argv: list[str] | None = None
         self.image = state.image
@@ -167,7 +167,7 @@ class Scan:
             state = procfs.stat(pid)
             if state is None or state.ended:
                 continue
-            process = self._note(pid, state, now, now + sweep * number // len(listed))
+            process = self._note(pid, state, now + sweep * number // len(listed))
             if not (state.readable or state.kernel_thread):
                 process.argv = procfs.read(pid, with_file=False).argv
             if len(self._by_fd) < self._max_pidfds // 2:  # the other half is for those to come
@@ -300,14 +300,14 @@ class Scan:
             self._end(known, born_ns, None, facts)
         elif pid in self._ended:  # ended just now: it cannot have been born before that
             born_ns = self._now_ns
-        process = self._note(pid, state, self._now_ns, self._now_ns)
+        process = self._note(pid, state, self._now_ns)
         process.argv = details.argv
         self._watch(process, fd)
         _tell_birth(process, state, details, born_ns, read_ns, facts)
         return True
 
-    def _note(self, pid: int, state: Stat, now: int, due_ns: int) -> _Known:
-        process = self._known[pid] = _Known(pid, state, now)
+    def _note(self, pid: int, state: Stat, due_ns: int) -> _Known:
+        process = self._known[pid] = _Known(pid, state)
         heapq.heappush(self._due, (due_ns, pid, state.start_ticks))
         return process
 
@@ -415,8 +415,8 @@ def _tell_birth(process: _Known, state: Stat, details: Details, born_ns: int, re
 def _pause_ns(process: _Known, now: int) -> int:
     if process.half_way:
         return FASTEST_NS
-    age = now - process.seen_ns
-    return max(age >> 4 if process.unexecuted else age >> 2, FASTEST_NS)
+    age = now - process.start_ticks * NS_PER_TICK
+    return max(age >> 4 if process.unexecuted and age < _SECOND else age >> 2, FASTEST_NS)
 
 
 def _executed(process: _Known, state: Stat) -> bool:
