@@ -14,6 +14,7 @@ FAN_CLASS_NOTIF: Final = 0x0
 FAN_CLASS_CONTENT: Final = 0x4
 FAN_UNLIMITED_QUEUE: Final = 0x10
 FAN_UNLIMITED_MARKS: Final = 0x20
+FAN_REPORT_TID: Final = 0x100
 FAN_MARK_ADD: Final = 0x1
 FAN_MARK_FILESYSTEM: Final = 0x100
 AT_FDCWD: Final = -100
@@ -70,12 +71,25 @@ def filesystem_magic(fd: int) -> int:
     return int(buffer[0]) & 0xFFFFFFFF
 
 
-def process_vm_read(pid: int, address: int, size: int) -> bytes:
+def process_vm_read(pid: int, ranges: list[tuple[int, int]]) -> list[bytes]:
     """
-    Memory of another process, process_vm_readv(2); shorter where the mapping ends.
+    Memory of another process or thread, process_vm_readv(2).
+
+    Args:
+        pid: Its number.
+        ranges: Address and length of each piece, at most 1024. None may reach over the end of a page, for the kernel
+            stops at the first that cannot be read.
+
+    Returns:
+        The pieces, those after a failure empty.
     """
+    size = sum(length for _, length in ranges)
     buffer = ctypes.create_string_buffer(size)
     local = _Vector(ctypes.cast(buffer, ctypes.c_void_p), size)
-    remote = _Vector(address, size)
-    count = _check(_libc.process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0))
-    return buffer.raw[:count]
+    remote = (_Vector * len(ranges))(*(_Vector(address, length) for address, length in ranges))
+    count = _check(_libc.process_vm_readv(pid, ctypes.byref(local), 1, remote, len(ranges), 0))
+    data, pieces, at = buffer.raw[:count], [], 0
+    for _, length in ranges:
+        pieces.append(data[at : at + length])
+        at += length
+    return pieces

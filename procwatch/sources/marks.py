@@ -56,11 +56,13 @@ class Marks:
         group: The fanotify group.
         mask: The events to mark for.
         tick: Called by the thread about every second.
+        slow_mask: The events to mark for on network filesystems and FUSE, if others.
     """
 
-    def __init__(self, group: int, mask: int, tick: Callable[[], None]) -> None:
+    def __init__(self, group: int, mask: int, tick: Callable[[], None], *, slow_mask: int | None = None) -> None:
         self._group = group
         self._mask = mask
+        self._slow_mask = mask if slow_mask is None else slow_mask
         self._tick = tick
         self._limits: dict[str, str] = {}
         self._slow: dict[str, threading.Thread] = {}
@@ -193,19 +195,19 @@ class Marks:
 
     def _mark_mount(self, mount: mountinfo.Mount, path: str) -> None:
         if mount.kind not in SLOW and not mount.kind.startswith("fuse"):
-            self._mark_path(mount, path)
+            self._mark_path(mount, path, self._mask)
             return
         before = self._slow.get(mount.device)
         if before is not None and before.is_alive():
             return
         self._limits[mount.device] = f"programs on {mount.point} ({mount.kind}): no answer yet"
-        thread = threading.Thread(target=self._mark_path, args=(mount, path), daemon=True)
+        thread = threading.Thread(target=self._mark_path, args=(mount, path, self._slow_mask), daemon=True)
         self._slow[mount.device] = thread
         thread.start()
 
-    def _mark_path(self, mount: mountinfo.Mount, path: str) -> None:
+    def _mark_path(self, mount: mountinfo.Mount, path: str, mask: int) -> None:
         try:
-            libc.fanotify_mark(self._group, libc.FAN_MARK_ADD | libc.FAN_MARK_FILESYSTEM, self._mask, path)
+            libc.fanotify_mark(self._group, libc.FAN_MARK_ADD | libc.FAN_MARK_FILESYSTEM, mask, path)
         except OSError as error:
             if error.errno not in _GONE:
                 self._limits[mount.device] = f"programs on {mount.point} ({mount.kind}): {error.strerror}"

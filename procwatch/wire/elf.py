@@ -61,7 +61,7 @@ def head(first: bytes, machines: frozenset[int] | None = None) -> Head:
         machines: The e_machine numbers that run here; None: any.
     """
     if first[:2] == b"#!":
-        return Head("script", _script_interpreter(first))
+        return Head("script", script_line(first)[0])
     if first[:4] != b"\x7fELF" or len(first) < 6:
         return OTHER
     wide = first[4] == 2
@@ -78,10 +78,17 @@ def head(first: bytes, machines: frozenset[int] | None = None) -> Head:
     return Head("elf", None, (offset, size, count), order, wide)
 
 
-def _script_interpreter(first: bytes) -> str | None:
-    line = first[2:SCRIPT_LINE].split(b"\n", 1)[0].strip(b" \t")
-    words = line.replace(b"\t", b" ").split(b" ", 1)
-    return words[0].split(b"\0", 1)[0].decode("utf-8", "surrogateescape") or None
+def script_line(first: bytes) -> tuple[str | None, str | None]:
+    """
+    The interpreter on the `#!` line, and the one argument that the rest of the line is.
+    """
+    line = first[2:SCRIPT_LINE].split(b"\n", 1)[0].split(b"\0", 1)[0].strip(b" \t")
+    at = min((line.find(blank) for blank in (b" ", b"\t") if blank in line), default=len(line))
+    return _text(line[:at]), _text(line[at:].strip(b" \t"))
+
+
+def _text(data: bytes) -> str | None:
+    return data.decode("utf-8", "surrogateescape") or None
 
 
 def headers_range(elf: Head) -> tuple[int, int]:
@@ -116,4 +123,4 @@ def name(text: bytes) -> str | None:
     """
     The interpreter's path from its bytes, which end with a NUL.
     """
-    return text.split(b"\0", 1)[0].decode("utf-8", "surrogateescape") or None
+    return _text(text.split(b"\0", 1)[0])
