@@ -15,13 +15,16 @@ from __future__ import annotations
 import os
 import resource
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 
 from msgspec import Struct
 
 from procwatch import __version__
-from procwatch.events import DEFAULT_KINDS, Container, ContainerEvent, Event, Lost, Ready, Skipped, Stop
+from procwatch.errors import ConfigError
+from procwatch.events import DEFAULT_KINDS, Container, ContainerEvent, Event, Lost, ProcessEvent, Ready, Skipped, Stop
 from procwatch.facts import REPLACED, Details, Exec, Fact, Thread
+from procwatch.policy.filter import Predicate
 from procwatch.sources import procfs
 from procwatch.sources.base import Source, SourceStats
 from procwatch.table.draft import Draft, Maker
@@ -34,6 +37,8 @@ ROUNDS = 8
 # A look through all of /proc after a loss costs 50 µs a process: at most once in this time.
 RESYNC_EVERY_NS = 1_000_000_000
 NEVER_NS = 1 << 63
+# Events that wait for the names of a container; beyond it the first goes without.
+MAX_HELD = 65_536
 
 
 class Stats(Struct, frozen=True):
@@ -63,6 +68,9 @@ class Pipeline:
         hold_ns: See Table.
         ancestors: See Table.
         limit: Show so many events of processes, then set `finished`.
+        keep: Which events of processes to show; None: all.
+        under: Show only the process with this pid and its descendants.
+        wait_ns: How long events may wait for the names of their container.
         look: Reads one process from /proc.
     """
 
@@ -77,6 +85,9 @@ class Pipeline:
         hold_ns: int = HOLD_NS,
         ancestors: int = 0,
         limit: int | None = None,
+        keep: Predicate | None = None,
+        under: int | None = None,
+        wait_ns: int = 0,
         look: Callable[[int], Details] = procfs.read,
     ) -> None:
         self.sources = sources
@@ -105,6 +116,12 @@ class Pipeline:
             skipped=skipped,
             kernel=os.uname().release,
         )
+        self.maker = maker
+        self._keep = keep
+        self._under_pid = under
+        self._under: str | None = None
+        self._wait_ns = wait_ns
+        self._held: deque[tuple[int, Event | Draft]] = deque()
         self._kinds = frozenset(kinds)
         self.finished = False
         self._limit = limit
@@ -121,7 +138,13 @@ class Pipeline:
         """
         self.table.emit(self.ready)
         self.table.snapshot(procfs.snapshot(), self.started_ns, tell=initial)
-        return self._count(self.table.flush_drafts(self.clock.now_ns()))
+        if self._under_pid is not None:
+            root = self.table.processes.get(self._under_pid)
+            if root is None:
+                raise ConfigError(f"no process {self._under_pid} to watch under")
+            self._under = root.id
+        now = self.clock.now_ns()
+        return self._show(self.table.flush_drafts(now), now)
 
     def turn(self) -> list[Event | Draft]:
         """
@@ -140,14 +163,15 @@ class Pipeline:
         if now >= self._resync_ns:
             self._resync_ns, self._resynced_ns = NEVER_NS, now
             table.resync(procfs.snapshot(), now)
-        return self._count(table.flush_drafts(now))
+        return self._show(table.flush_drafts(now), now)
 
     def deadline_ns(self) -> int | None:
         """
         When `turn()` has something to do though no source has anything, CLOCK_BOOTTIME, or None.
         """
-        when = self.table.deadline_ns()
-        return self._resync_ns if self._resync_ns != NEVER_NS and (when is None or self._resync_ns < when) else when
+        whens = [self._resync_ns, self.table.deadline_ns() or NEVER_NS, self._held[0][0] if self._held else NEVER_NS]
+        when = min(whens)
+        return when if when != NEVER_NS else None
 
     def stop(self) -> list[Event | Draft]:
         """
@@ -157,7 +181,7 @@ class Pipeline:
         last = self.turn()
         while self._read_until_ns <= until and not self.finished:
             last += self.turn()
-        last += self._count(self.table.drain_drafts())
+        last += self._show(self.table.drain_drafts(), NEVER_NS)
         usage = resource.getrusage(resource.RUSAGE_SELF)
         now = self.clock.now_ns()
         last.append(
@@ -182,7 +206,7 @@ class Pipeline:
             for container, cgroup in containers:
                 stamp = self.clock.stamp(now)
                 self.table.emit(ContainerEvent(time=stamp, host=self._host, container=container, cgroup=cgroup))
-        return self._count(self.table.flush_drafts(now))
+        return self._show(self.table.flush_drafts(now), now)
 
     def stats(self) -> Stats:
         """
@@ -250,6 +274,47 @@ class Pipeline:
         self._proc_reads += len(alive)
         return bool(alive)
 
+    # What is shown
+
+    def _show(self, drafts: list[Event | Draft], now_ns: int) -> list[Event | Draft]:
+        """
+        Those that may go now, that are wanted, counted.
+        """
+        if self._wait_ns:
+            drafts = self._release(drafts, now_ns)
+        if self._keep is not None or self._under is not None:
+            drafts = [shown for draft in drafts if (shown := self._wanted(draft)) is not None]
+        return self._count(drafts)
+
+    def _release(self, drafts: list[Event | Draft], now_ns: int) -> list[Event | Draft]:
+        """
+        Hold back, in order, what happened in a container whose names are being looked up.
+        """
+        held = self._held
+        held.extend((now_ns + self._wait_ns, draft) for draft in drafts)
+        pending = self.maker.names.pending
+        ready = []
+        while held:
+            until_ns, draft = held[0]
+            if until_ns > now_ns and len(held) < MAX_HELD and isinstance(draft, Draft):
+                self.maker.names.place(draft.details.cgroup)  # the lookup begins when somebody asks
+                if pending(draft.details.cgroup):
+                    break
+            ready.append(draft)
+            held.popleft()
+        return ready
+
+    def _wanted(self, draft: Event | Draft) -> Event | Draft | None:
+        if not isinstance(draft, Draft):
+            return draft
+        if self._under is not None and not _descends(draft, self._under):
+            return None
+        if self._keep is None:
+            return draft
+        event = self.maker.event(draft)
+        assert isinstance(event, ProcessEvent)
+        return event if self._keep(event) else None
+
     def _count(self, events: list[Event | Draft]) -> list[Event | Draft]:
         """
         Count what is shown, and stop showing at the limit.
@@ -263,3 +328,11 @@ class Pipeline:
                 self._limit -= 1
                 self.finished = self._limit <= 0
         return events
+
+
+def _descends(draft: Draft, root: str) -> bool:
+    """
+    Whether a draft is of the process with the id `root`, or of one of its descendants.
+    """
+    process = draft.process
+    return process.id == root or any(ancestor.id == root for ancestor in process.ancestors())

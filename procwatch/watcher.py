@@ -19,6 +19,7 @@ from procwatch.enrich.enricher import Enricher
 from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, Running, Stop, Vanished
 from procwatch.pipeline import Pipeline, Stats
+from procwatch.policy.filter import Predicate
 from procwatch.sources import select
 from procwatch.sources.base import Source
 from procwatch.table.draft import Draft, Maker
@@ -136,6 +137,9 @@ class Watcher:
         ancestors: Put so many `ancestors` into each event.
         count: Stop after so many events of processes.
         for_s: Stop after so many seconds.
+        keep: Show only the events of processes for which this callable is true, see procwatch.policy.filter.Filter.
+        under: Show only the process with this pid and its descendants.
+        container_wait_ms: How long events may wait for the names of a new container; 0: they go out with its id alone.
         queue: Events that a consumer may be behind; beyond that it gets a `lost` event.
         sources: Opened or not, instead of `backend`: for tests, see procwatch.testing.
 
@@ -165,6 +169,9 @@ class Watcher:
         ancestors: int = 0,
         count: int | None = None,
         for_s: float | None = None,
+        keep: Predicate | None = None,
+        under: int | None = None,
+        container_wait_ms: float = 0,
         queue: int = QUEUE,
         sources: list[Source] | None = None,
     ) -> None:
@@ -173,6 +180,7 @@ class Watcher:
             ("latency_ms", latency_ms, 0),
             ("fork_hold_ms", fork_hold_ms, 0),
             ("ancestors", ancestors, 0),
+            ("container_wait_ms", container_wait_ms, 0),
             ("queue", queue, 1),
             ("count", count, 1),
             ("for_s", for_s, 0),
@@ -186,6 +194,9 @@ class Watcher:
         self._initial = initial
         self._count = count
         self._for_s = for_s
+        self._keep = keep
+        self._under = under
+        self._wait_ns = int(container_wait_ms * 1_000_000)
         self._options = select.Options(options.buffer_bytes(buffer), latency_ms / 1000, tuple(without), self._kinds)
         self._hold_ns = int(fork_hold_ms * 1_000_000)
         self._ancestors = ancestors
@@ -238,6 +249,9 @@ class Watcher:
                 hold_ns=self._hold_ns,
                 ancestors=self._ancestors,
                 limit=self._count,
+                keep=self._keep,
+                under=self._under,
+                wait_ns=self._wait_ns,
             )
             self._default = None if self._sinks or self._draft_sinks else self.subscribe()
             self._give(self._pipeline.start(initial=self._initial))
@@ -555,14 +569,21 @@ async def _close(watcher: Watcher) -> None:
     watcher.close()
 
 
-def snapshot() -> list[Running]:
+def snapshot(*, keep: Predicate | None = None, under: int | None = None) -> list[Running]:
     """
     The processes that live now, as `running` events.
+
+    Args:
+        keep: Only those for which this callable is true.
+        under: Only the process with this pid and its descendants.
+
+    Raises:
+        ConfigError: There is no process `under`.
     """
     enricher = Enricher()
     maker = Maker(socket.gethostname(), Clock(), enricher)
     try:
-        drafts = Pipeline("scan", [], [], maker=maker, kinds=("running",)).start(initial=True)
+        drafts = Pipeline("scan", [], [], maker=maker, kinds=("running",), under=under).start(initial=True)
         names_wanted = {draft.details.cgroup for draft in drafts if isinstance(draft, Draft)}
         for cgroup in names_wanted:
             enricher.place(cgroup)
@@ -573,4 +594,4 @@ def snapshot() -> list[Running]:
         events = list(map(maker.event, drafts))
     finally:
         enricher.close()
-    return [event for event in events if type(event) is Running]
+    return [event for event in events if type(event) is Running and (keep is None or keep(event))]

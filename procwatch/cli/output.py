@@ -14,6 +14,7 @@ import click
 
 from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import Event
+from procwatch.policy.filter import Filter
 from procwatch.table.draft import Draft, Maker
 
 FORMATS = ("auto", "json", "console")
@@ -27,6 +28,32 @@ format_option: Callable[[Any], Any] = click.option(
     show_default=True,
     help="console on a terminal and JSON otherwise, or one of them.",
 )
+
+
+_FILTERS: tuple[tuple[str, str, str], ...] = (
+    ("container", "NAME|ID", "Only in this container."),
+    ("pod", "NAMESPACE/NAME", "Only in this pod; wildcards."),
+    ("user", "NAME|UID", "Only of this user."),
+    ("unit", "NAME", "Only in this systemd unit; wildcards."),
+    ("exe", "GLOB", "Only of this executable."),
+)
+
+
+def filter_options(command: Callable[..., None]) -> Callable[..., None]:
+    """
+    The options that choose processes, the same for every command; each but --under may be given several times.
+    """
+    command = click.option("--under", type=int, metavar="PID", help="Only this process and its descendants.")(command)
+    for name, metavar, text in reversed(_FILTERS):
+        command = click.option(f"--{name}", multiple=True, metavar=metavar, help=text)(command)
+    return command
+
+
+def take_filter(options: dict[str, Any]) -> Filter:
+    """
+    The filter that the options say, taken out of them.
+    """
+    return Filter(**{name: options.pop(name) for name, _, _ in _FILTERS})
 
 
 def encoder(form: str, fd: int, maker: Maker, *, indent: bool = False) -> Encode:

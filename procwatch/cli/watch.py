@@ -10,11 +10,14 @@ from typing import Any
 
 import click
 
-from procwatch.cli.output import cannot_write, encoder, format_option, opened
+from procwatch.cli.output import cannot_write, encoder, filter_options, format_option, opened, take_filter
 from procwatch.events import DEFAULT_KINDS, KINDS
 from procwatch.sinks.stream import StreamSink
 from procwatch.sources.select import BACKENDS, OPTIONAL
 from procwatch.watcher import Watcher
+
+NAMES_WAIT_MS = 1000
+TREE_DEPTH = 64
 
 
 @click.command()
@@ -45,6 +48,17 @@ from procwatch.watcher import Watcher
 )
 @click.option("--without", default="", metavar="SOURCE,...", help=f"Leave sources out: {', '.join(OPTIONAL) or '-'}.")
 @click.option("--ancestors", type=int, default=0, show_default=True, metavar="N", help="Add up to N ancestors.")
+@filter_options
+@click.option("--tree", is_flag=True, help="Console: indent each process below its parent.")
+@click.option(
+    "--container-wait",
+    "container_wait_ms",
+    type=float,
+    default=0,
+    show_default=True,
+    metavar="MS",
+    help="How long lines may wait for the names of a new container.",
+)
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -53,19 +67,26 @@ from procwatch.watcher import Watcher
     help="The agent's own diagnostics, on standard error.",
 )
 @click.option("--log-format", type=click.Choice(["console", "json"]), default="console", show_default=True)
-def watch(form: str, output: str | None, without: str, log_level: str, log_format: str, **options: Any) -> None:
+def watch(
+    form: str, output: str | None, without: str, tree: bool, log_level: str, log_format: str, **options: Any
+) -> None:
     """
     Print every process of this host as it starts and ends.
     """
     from procwatch.cli import log
 
     logger = log.configure(log_level, log_format)
-    watcher = Watcher(without=[name for name in without.split(",") if name], **options)
+    keep = take_filter(options)
+    if keep.needs_names:  # a name that is not known yet must not hide an event
+        options["container_wait_ms"] = max(options["container_wait_ms"], NAMES_WAIT_MS)
+    if tree:
+        options["ancestors"] = max(options["ancestors"], TREE_DEPTH)
+    watcher = Watcher(without=[name for name in without.split(",") if name], keep=keep or None, **options)
     with opened(output) as fd:
-        asyncio.run(_watch(watcher, fd, form, options["latency_ms"] / 1000, logger))
+        asyncio.run(_watch(watcher, fd, form, tree, options["latency_ms"] / 1000, logger))
 
 
-async def _watch(watcher: Watcher, fd: int, form: str, latency_s: float, logger: Any) -> None:
+async def _watch(watcher: Watcher, fd: int, form: str, tree: bool, latency_s: float, logger: Any) -> None:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     failures: list[OSError] = []
@@ -75,7 +96,8 @@ async def _watch(watcher: Watcher, fd: int, form: str, latency_s: float, logger:
         ended.set()
 
     maker = watcher.maker
-    sink = StreamSink(fd, encoder(form, fd, maker), maker, latency_s=latency_s, on_closed=ended.set, on_error=broken)
+    encode = encoder(form, fd, maker, indent=tree)
+    sink = StreamSink(fd, encode, maker, latency_s=latency_s, on_closed=ended.set, on_error=broken)
     watcher.add_draft_sink(sink)
     watcher.on_end(ended.set)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -8,7 +8,7 @@ is made only for who wants one (a Python program, a filter). formats/native.py w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from msgspec import Struct, structs
@@ -86,17 +86,31 @@ class End(Struct, frozen=True, gc=False, omit_defaults=True):
 FORKED = Forked(True)
 
 
+class Ancestry(Protocol):
+    """
+    What a draft asks of a process of the table.
+    """
+
+    id: str
+
+    def ancestors(self) -> Iterator[Ancestry]:
+        """
+        Parent, its parent and so on.
+        """
+
+
 class Draft:
     """
     One event of one process. Nothing it refers to changes afterwards.
     """
 
-    __slots__ = ("details", "inferred", "kind", "missing", "tail", "time_ns", "who")
+    __slots__ = ("details", "inferred", "kind", "missing", "process", "tail", "time_ns", "who")
 
     def __init__(
         self,
         kind: type[ProcessEvent],
         time_ns: int,
+        process: Ancestry,
         who: Who,
         details: Details,
         missing: dict[str, str],
@@ -104,6 +118,7 @@ class Draft:
         tail: Struct | None,
     ) -> None:
         self.kind = kind
+        self.process = process
         self.time_ns = time_ns
         self.who = who
         self.details = details
@@ -138,6 +153,11 @@ class Names(Protocol):
         Container, systemd unit, and the owner of a user unit, of a cgroup path.
         """
 
+    def pending(self, cgroup: str | None) -> bool:
+        """
+        Whether the names of its container may still come, soon.
+        """
+
 
 class NoNames:
     """
@@ -157,6 +177,12 @@ class NoNames:
         Nowhere.
         """
         return None, None, None
+
+    def pending(self, cgroup: str | None) -> bool:
+        """
+        Never.
+        """
+        return False
 
 
 class Maker:

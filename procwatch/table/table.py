@@ -663,7 +663,7 @@ class Table:
         if process.argv_missing is not None:
             known = {**known, "argv": process.argv_missing}
         who = process.who or process.introduce(self._ancestors)
-        return Draft(kind, time_ns, who, details, {**known, **missing} if missing else known, inferred, tail)
+        return Draft(kind, time_ns, process, who, details, {**known, **missing} if missing else known, inferred, tail)
 
 
 def _unread(before: Details) -> Details:
