@@ -3,9 +3,7 @@ Records of the BPF programs (sources/ebpf/procwatch.bpf.c), as they lie in the k
 
 Each begins with the ring's own header (length with a busy and a discard bit, include/uapi/linux/bpf.h), then the
 common head, then what its kind adds. Paths come leaf first, each component with a NUL ("bash\\0bin\\0usr\\0"), because
-that is how the kernel walks them. This is the hot path of the whole agent: one unpack for a fork, two for the others,
-and strings that were seen before cost a dictionary lookup.
-"""
+that is XX"""
 
 from __future__ import annotations
 
@@ -35,20 +33,22 @@ BUSY, DISCARD = 1 << 31, 1 << 30  # BPF_RINGBUF_BUSY_BIT, BPF_RINGBUF_DISCARD_BI
 _BUSY_BYTE, _DISCARD_BYTE = BUSY >> 24, DISCARD >> 24
 RING_HEADER = 8
 
-# enum flag in procwatch.bpf.c
+# enum shared_flag, enum flag in procwatch.bpf.c
 EXE_CUT, EXE_DETACHED, EXE_DELETED, CWD_CUT, CGROUP_CUT, FILE_CUT, SCRIPT = (1 << bit for bit in range(7))
-ARGV_CUT, ARGV_FAULT, SETUID, SETGID, CAPABILITIES, NO_MM = (1 << bit for bit in range(7, 13))
+SETUID, SETGID, CAPABILITIES = (1 << bit for bit in range(7, 10))
+ARGV_CUT, ARGV_FAULT, FIRST, NO_MM = (1 << bit for bit in range(4))
 
-# Each is the whole of a record's fixed part: one unpack, for that is what costs. Ring header: length, (page offset).
-# Common head: (kind), pid, time, start (ticks; exit: ns), ppid, flags or bytes that follow.
+# Each is the whole of a record's own part: one unpack, for that is what costs. Ring header: length, (page offset).
+# Common head: (kind), pid, time, start, ppid, flags or bytes that follow.
 _HEAD = struct.Struct("<I4x4xIQQII")
 _AFTER_HEAD = _HEAD.size
-# inode, size, dev, maxrss; uid gid euid egid auid session tty ns_pid; namespaces; comm; argv here, argv before; lengths
-_EXEC = struct.Struct(_HEAD.format + "QQQQ8I32s16sIIHHHH")
+# maxrss, ns_pid, argv here, argv before, bytes of what is shared
+_EXEC = struct.Struct(_HEAD.format + "QIIII")
 # utime, stime, runtime, rss, maxrss; status; comm
 _EXIT = struct.Struct(_HEAD.format + "QQQQQI4x16s")
 _FAILED = struct.Struct(_HEAD.format + "I4x")
-_LENGTHS = struct.Struct("<HHHH")
+# inode, size, dev; uid gid euid egid auid session tty flags; namespaces; comm; lengths of exe, cwd, cgroup, file
+_SHARED = struct.Struct("<QQQ8I32s16s4H")
 _NAMESPACES = struct.Struct("<8I")
 _NAMESPACE_NAMES = ("pid", "mnt", "user", "net", "uts", "ipc", "cgroup", "time")
 
@@ -57,7 +57,6 @@ _CACHE = 4096  # entries; a full cache is emptied, which is cheaper than keeping
 _PARTS = 64  # processes whose arguments are on their way
 
 Bytes = bytes | mmap.mmap  # both give bytes when sliced
-Names = tuple[str, str, str, str]
 V = TypeVar("V")
 
 
@@ -122,7 +121,8 @@ class Decoder:
     """
 
     def __init__(self, *, peaks: bool = False) -> None:
-        self._names: dict[bytes, Names] = {}
+        self._details: dict[bytes, Details] = {}
+        self._strings: dict[bytes, str] = {}
         self._comms: dict[bytes, str] = {}
         self._namespaces: dict[bytes, dict[str, int]] = {}
         self._parts: dict[int, bytes] = {}
@@ -163,41 +163,33 @@ class Decoder:
         return at
 
     def _exec(self, data: Bytes, at: int, end: int, facts: list[Fact]) -> int:
-        # One line for each group of the record: a name on a line each would be forty lines.
         # fmt: off
         (length, pid, time, start, ppid, flags,
-         inode, size, dev, peak,
-         uid, gid, euid, egid, auid, session, tty, ns_pid, namespaces, comm,
-         argv_here, argv_before, exe_size, cwd_size, cgroup_size, file_size) = _EXEC.unpack_from(data, at)
+         peak, ns_pid, argv_here, argv_before, shared) = _EXEC.unpack_from(data, at)
         # fmt: on
-        names_at = at + _EXEC.size
-        argv_at = names_at + exe_size + cwd_size + cgroup_size + file_size
+        shared_at = at + _EXEC.size
+        argv_at = shared_at + shared
         argv_end = argv_at + argv_here
         _check(argv_end, at, length, end)
-        key = data[names_at - _LENGTHS.size : argv_at]  # the lengths say where one name ends
-        exe, cwd, cgroup, file = self._names.get(key) or self._new_names(key)
+        key = data[shared_at:argv_at]
+        details = self._details.get(key) or self._new_details(key)
         raw = data[argv_at:argv_end]
         if argv_before:
             raw = self._parts.pop(pid, b"") + raw
-        argv = raw.decode("utf-8", "surrogateescape").split("\0")
-        if not argv[-1]:
-            argv.pop()
+        argv: list[str] | None = raw.decode("utf-8", "surrogateescape").split("\0")
+        if not argv[-1]:  # type: ignore[index]
+            argv.pop()  # type: ignore[union-attr]
+        missing = None
+        if flags & (ARGV_CUT | ARGV_FAULT) or argv_before:
+            if len(raw) != argv_before + argv_here:
+                argv, missing = None, LOST
+            elif flags & ARGV_FAULT and not argv:
+                argv, missing = None, PAGED_OUT
         if self._peaks is not None:
             self._peaks[pid] = peak
-        # fmt: off
-        details = Details(
-            ppid, start, self._comms.get(comm) or self._new_comm(comm), exe, False, file, None, argv, False, cwd,
-            uid, gid, euid, egid, tty_name(tty) if tty else "", session, cgroup, 1, {}, (), dev, inode, size, False,
-            ns_pid, self._namespaces.get(namespaces) or self._new_namespaces(namespaces),
-            None if auid == _NO_AUID else auid,
-        )
-        # fmt: on
-        if flags:
-            _apply(details, flags)
-        if argv_before and len(raw) != argv_before + argv_here:
-            details.argv = None
-            details.missing["argv"] = LOST
-        facts.append(Exec(time, pid, details))
+        truncated = argv is not None and flags & (ARGV_CUT | ARGV_FAULT) != 0
+        first = flags & FIRST != 0
+        facts.append(Exec(time, pid, details, 0, start, ppid, argv, truncated, missing, ns_pid, first))
         return length  # type: ignore[no-any-return]
 
     def _fork(self, data: Bytes, at: int, end: int, facts: list[Fact]) -> int:
@@ -244,16 +236,43 @@ class Decoder:
         before = self._peaks.pop(pid, None) if self._peaks is not None else None
         return group_peak * mmap.PAGESIZE if before is not None and group_peak > before else None
 
-    def _new_names(self, key: bytes) -> Names:
-        exe, cwd, cgroup, file = _LENGTHS.unpack_from(key)
-        at = 8
-        parts = []
-        for size in (exe, cwd, cgroup, file):
-            parts.append(key[at : at + size])
-            at += size
-        name = parts.pop().decode("utf-8", "surrogateescape")
-        names: Names = (path(parts[0]), path(parts[1]), path(parts[2]), name)
-        return _remember(self._names, key, names)
+    def _new_details(self, shared: bytes) -> Details:
+        # One line for each group of the record: a name on a line each would be twenty-five lines.
+        # fmt: off
+        (inode, size, dev,
+         uid, gid, euid, egid, auid, session, tty, flags, namespaces, comm,
+         exe_size, cwd_size, cgroup_size, file_size) = _SHARED.unpack_from(shared)
+        # fmt: on
+        cwd_at = _SHARED.size + exe_size
+        cgroup_at = cwd_at + cwd_size
+        file_at = cgroup_at + cgroup_size
+        if file_at + file_size != len(shared):
+            raise DecodeError(f"names of {file_at + file_size} bytes in {len(shared)}")
+        details = Details(
+            comm=self._comms.get(comm) or self._new_comm(comm),
+            exe=self._path(shared[_SHARED.size : cwd_at]),
+            exe_deleted=flags & EXE_DELETED != 0,
+            file=shared[file_at:].decode("utf-8", "surrogateescape"),
+            cwd=self._path(shared[cwd_at:cgroup_at]),
+            uid=uid,
+            gid=gid,
+            euid=euid,
+            egid=egid,
+            tty=tty_name(tty),
+            session=session,
+            cgroup=self._path(shared[cgroup_at:file_at]),
+            exe_dev=dev,
+            exe_inode=inode,
+            exe_size=size,
+            exe_memfd=False,
+            namespaces=self._namespaces.get(namespaces) or self._new_namespaces(namespaces),
+            auid=None if auid == _NO_AUID else auid,
+        )
+        _apply(details, flags)
+        return _remember(self._details, shared, details)
+
+    def _path(self, components: bytes) -> str:
+        return self._strings.get(components) or _remember(self._strings, components, path(components))
 
     def _new_comm(self, comm: bytes) -> str:
         return _remember(self._comms, comm, comm.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
@@ -279,9 +298,6 @@ def _apply(details: Details, flags: int) -> None:
     """
     What is out of the ordinary with an exec.
     """
-    missing = details.missing
-    if flags & EXE_DELETED:
-        details.exe_deleted = True
     if flags & EXE_DETACHED:
         details.exe_memfd = details.exe is not None and details.exe.startswith("/memfd:")
     if flags & SCRIPT and details.file is not None and details.cwd is not None:
@@ -289,13 +305,7 @@ def _apply(details: Details, flags: int) -> None:
     for flag, field in ((EXE_CUT, "exe"), (CWD_CUT, "cwd"), (CGROUP_CUT, "cgroup"), (FILE_CUT, "file")):
         if flags & flag:
             setattr(details, field, None)
-            missing[field] = TOO_LONG
-    if flags & (ARGV_CUT | ARGV_FAULT):
-        details.argv_truncated = True
-    if flags & ARGV_FAULT and not details.argv:
-        details.argv = None
-        details.argv_truncated = False
-        missing["argv"] = PAGED_OUT
+            details.missing[field] = TOO_LONG
     if flags & (SETUID | SETGID | CAPABILITIES):
         named = ((SETUID, "setuid"), (SETGID, "setgid"), (CAPABILITIES, "capabilities"))
         details.privileges = [name for flag, name in named if flags & flag]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from msgspec.structs import replace
 
 from procwatch.errors import ConfigError, SourceUnavailable
 from procwatch.facts import Details, Exec, ExecFailed, Exit, Fact, Fork, Lost
@@ -100,9 +101,24 @@ def last_exec(source: Ebpf, pid: int) -> Details:
     """
     Details of the last exec of a process that has ended.
     """
-    details = of(life(source, pid), Exec, pid)[-1].details
-    assert details is not None
-    return details
+    return whole(of(life(source, pid), Exec, pid)[-1])
+
+
+def whole(fact: Exec) -> Details:
+    """
+    Details of an exec: those that it shares with others, and its own.
+    """
+    assert fact.details is not None
+    assert fact.start_ns is not None
+    return replace(
+        fact.details,
+        ppid=fact.ppid,
+        start_ticks=fact.start_ns // NS_PER_TICK,
+        argv=fact.argv,
+        argv_truncated=fact.argv_truncated,
+        ns_pid=fact.ns_pid,
+        missing=fact.details.missing | ({"argv": fact.argv_missing} if fact.argv_missing else {}),
+    )
 
 
 def child(work: Callable[[], object]) -> tuple[int, int]:
@@ -149,7 +165,7 @@ class TestExec:
 
         for field in expected.__struct_fields__:
             value = getattr(expected, field)
-            if value is not None and field not in ("missing", "inferred", "file"):
+            if value is not None and field not in ("missing", "inferred", "file", "threads"):
                 assert (field, getattr(details, field)) == (field, value)
         assert details.missing == {}
         assert details.namespaces == namespaces
@@ -274,10 +290,9 @@ class TestExec:
 
         assert [type(fact) for fact in facts] == [Fork, Exec, Exec, Exit]
         first, second = of(facts, Exec, process.pid)
-        assert first.details is not None
-        assert second.details is not None
-        assert second.details.exe == str(tiny)
-        assert first.details.start_ticks == second.details.start_ticks
+        assert whole(second).exe == str(tiny)
+        assert first.start_ns == second.start_ns
+        assert (first.first, second.first) == (True, False)
 
     def test_chain(self, source: Ebpf, tiny: Path):
         """
@@ -287,8 +302,9 @@ class TestExec:
             pass
         execs = of(life(source, process.pid), Exec, process.pid)
 
-        assert [fact.details and fact.details.exe for fact in execs][1:] == [os.path.realpath("/bin/sh"), str(tiny)]
-        assert len({fact.details and fact.details.start_ticks for fact in execs}) == 1
+        assert [whole(fact).exe for fact in execs][1:] == [os.path.realpath("/bin/sh"), str(tiny)]
+        assert len({fact.start_ns for fact in execs}) == 1
+        assert [fact.first for fact in execs] == [True, False, False]
 
     @pytest.mark.parametrize(
         "argv",
@@ -378,13 +394,11 @@ class TestExec:
         with subprocess.Popen(["unshare", "--pid", "--fork", tiny]) as process:
             pass
         facts = until(source, lambda facts: bool(of(facts, Exit, process.pid)))
-        details = [fact.details for fact in facts if isinstance(fact, Exec) and fact.details.exe == str(tiny)]  # type: ignore[union-attr]
+        (details,) = [whole(fact) for fact in facts if isinstance(fact, Exec) and fact.ppid == process.pid]
 
-        assert [detail.ns_pid for detail in details if detail] == [1]
-        assert details[0] is not None
-        assert details[0].namespaces is not None
-        assert details[0].namespaces["pid"] != os.stat("/proc/self/ns/pid").st_ino
-        assert details[0].ppid == process.pid
+        assert (details.exe, details.ns_pid) == (str(tiny), 1)
+        assert details.namespaces is not None
+        assert details.namespaces["pid"] != os.stat("/proc/self/ns/pid").st_ino
 
     def test_setuid_file(self, source: Ebpf, tiny: Path, tmp_path: Path):
         """
@@ -684,8 +698,7 @@ class TestLoss:
             facts = source.read()
 
         for fact in of(facts, Exec, pid):
-            assert fact.details is not None
-            assert (fact.details.argv, fact.details.missing) == (None, {"argv": "lost"})
+            assert (fact.argv, fact.argv_missing, fact.argv_truncated) == (None, "lost", False)
 
     def test_nothing_twice(self, source: Ebpf, tiny: Path):
         """
@@ -718,7 +731,7 @@ class TestOptions:
         os.close(writer)
 
         assert [fact for fact in facts if fact.pid == muted] == []
-        assert [type(fact) for fact in facts if getattr(fact, "ppid", 0) == muted] == [Fork, Exit]
+        assert [type(fact) for fact in facts if getattr(fact, "ppid", 0) == muted] == [Fork, Exec, Exit]
 
     def test_failed_execs(self, tmp_path: Path):
         """

@@ -273,6 +273,7 @@ struct task_struct {
 	struct pid *thread_pid;
 	u64 utime, stime;
 	u64 start_boottime;
+	u64 parent_exec_id, self_exec_id;
 	const struct cred *cred;
 	char comm[16];
 	struct fs_struct *fs;

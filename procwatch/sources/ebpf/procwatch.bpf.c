@@ -16,7 +16,8 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 enum kind { EXEC = 1, FORK = 2, EXIT = 3, ARGV = 4, EXEC_FAILED = 5, KINDS = 8 };
 
-enum flag {
+/* Of what many processes share. */
+enum shared_flag {
 	EXE_CUT = 1 << 0, /* longer than STRING bytes or STEPS components */
 	EXE_DETACHED = 1 << 1, /* on no mount that can be reached: memfd */
 	EXE_DELETED = 1 << 2,
@@ -24,12 +25,17 @@ enum flag {
 	CGROUP_CUT = 1 << 4,
 	FILE_CUT = 1 << 5,
 	SCRIPT = 1 << 6, /* an interpreter runs the file that was given */
-	ARGV_CUT = 1 << 7, /* at the limit of the settings */
-	ARGV_FAULT = 1 << 8, /* a page of the arguments was not in memory */
-	SETUID = 1 << 9,
-	SETGID = 1 << 10,
-	CAPABILITIES = 1 << 11,
-	NO_MM = 1 << 12, /* exit: the memory was given back before the tracepoint (kernels before 6.16) */
+	SETUID = 1 << 7,
+	SETGID = 1 << 8,
+	CAPABILITIES = 1 << 9,
+};
+
+/* Of the one record. */
+enum flag {
+	ARGV_CUT = 1 << 0, /* at the limit of the settings */
+	ARGV_FAULT = 1 << 1, /* a page of the arguments was not in memory */
+	FIRST = 1 << 2, /* no exec since the fork */
+	NO_MM = 1 << 3, /* exit: the memory was given back before the tracepoint (kernels before 6.16) */
 };
 
 #define NAME 256 /* NAME_MAX and its NUL */
@@ -52,18 +58,25 @@ struct head {
 	u32 kind;
 	u32 pid;
 	u64 time; /* CLOCK_BOOTTIME ns */
-	u64 start; /* of the process: exec, fork: ticks since boot, what /proc has; exit: ns */
+	u64 start; /* of the process, CLOCK_BOOTTIME ns; fork: ticks, as /proc has it */
 	u32 ppid;
 	u32 extra; /* exec, exit: flags; fork, argv, exec_failed: bytes that follow */
 };
 
+/*
+ * What most processes have in common with others stands together, so that the reader finds all of it under one key:
+ * everything from `inode` to the last of the strings.
+ */
 struct exec_record {
 	struct head head;
-	u64 inode, size, dev, maxrss;
-	u32 uid, gid, euid, egid, auid, session, tty, ns_pid;
+	u64 maxrss; /* pages: what the process had before */
+	u32 ns_pid;
+	u32 argv_len, argv_before; /* bytes here, bytes in ARGV records before */
+	u32 shared_len; /* bytes from here to the arguments */
+	u64 inode, size, dev;
+	u32 uid, gid, euid, egid, auid, session, tty, flags;
 	u32 ns[8]; /* pid mnt user net uts ipc cgroup time */
 	char comm[16];
-	u32 argv_len, argv_before; /* bytes here, bytes in ARGV records before */
 	u16 exe_len, cwd_len, cgroup_len, file_len;
 };
 
@@ -552,7 +565,6 @@ int on_exec(struct raw_args *ctx)
 	fill_head(&s->rec.head, EXEC, task);
 	if (s->rec.head.pid == settings.mute_pid)
 		return 0;
-	s->rec.head.start /= settings.ns_per_tick;
 	cred = BPF_CORE_READ(task, cred);
 	file = BPF_CORE_READ(bprm, file);
 	fill_ids(&s->rec, task, cred);
@@ -562,8 +574,12 @@ int on_exec(struct raw_args *ctx)
 	if (BPF_CORE_READ(bprm, interp) != BPF_CORE_READ(bprm, filename))
 		flags |= SCRIPT;
 	flags |= append_strings(s, task, bprm, file);
-	flags |= append_argv(s, BPF_CORE_READ(task, mm));
-	s->rec.head.extra = flags;
+	s->rec.flags = flags;
+	s->rec.shared_len = sizeof(s->rec) - offsetof(struct exec_record, inode) + s->str.off;
+	s->rec.head.extra = append_argv(s, BPF_CORE_READ(task, mm));
+	/* Each exec counts self_exec_id up; a fork leaves it alone and remembers it. */
+	if (BPF_CORE_READ(task, self_exec_id) == BPF_CORE_READ(task, parent_exec_id) + 1)
+		s->rec.head.extra |= FIRST;
 	size = sizeof(s->rec) + (u64)s->str.off + s->rec.argv_len;
 	if (size > sizeof(s->rec) + sizeof(s->buf))
 		return 0;
