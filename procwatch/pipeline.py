@@ -17,6 +17,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Collection
+from typing import Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -31,7 +32,7 @@ from procwatch.table.draft import Draft, Maker
 from procwatch.table.table import HOLD_NS, Table
 
 _UNLIMITED = (Ready, Lost, Stop)
-_REPLACED = {"exe": REPLACED, "argv": REPLACED, "comm": REPLACED, "file": REPLACED}
+_REPLACED = {"exe": REPLACED, "exe_deleted": REPLACED, "argv": REPLACED, "comm": REPLACED, "file": REPLACED}
 # Drains of the lead within one turn. Each drain catches what happened while /proc was read.
 ROUNDS = 8
 # A look through all of /proc after a loss costs 50 µs a process: at most once in this time.
@@ -39,6 +40,18 @@ RESYNC_EVERY_NS = 1_000_000_000
 NEVER_NS = 1 << 63
 # Events that wait for the names of a container; beyond it the first goes without.
 MAX_HELD = 65_536
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """
+    A source that has something to tell only at the end.
+    """
+
+    def finish(self) -> list[Fact]:
+        """
+        The last facts, before it is closed.
+        """
 
 
 class Stats(Struct, frozen=True):
@@ -130,6 +143,7 @@ class Pipeline:
         self._proc_reads = self._proc_hits = 0
         self._resync_ns = NEVER_NS
         self._resynced_ns = 0
+        self._resyncs = bool(sources) and sources[0].name != "scan"  # which looks through /proc all the time
         self._read_until_ns = NEVER_NS
 
     def start(self, *, initial: bool = False) -> list[Event | Draft]:
@@ -150,20 +164,39 @@ class Pipeline:
         """
         Take what the kernel has now, and give the events that are decided.
         """
-        table = self.table
-        facts = self._read_lead()
+        facts = self._take()
         self._read_until_ns = facts[-1].time_ns if facts else NEVER_NS
-        for source in self.sources[1:]:
-            table.apply(source.read())
-        table.apply(facts)
         now = self.clock.now_ns()
-        if table.lost != self._lost:
-            self._lost = table.lost
-            self._resync_ns = min(self._resync_ns, max(now, self._resynced_ns + RESYNC_EVERY_NS))
+        if self.table.lost != self._lost:
+            self._lost = self.table.lost
+            if self._resyncs:
+                self._resync_ns = min(self._resync_ns, max(now, self._resynced_ns + RESYNC_EVERY_NS))
         if now >= self._resync_ns:
             self._resync_ns, self._resynced_ns = NEVER_NS, now
-            table.resync(procfs.snapshot(), now)
-        return self._show(table.flush_drafts(now), now)
+            self._put_right(now)
+        return self._show(self.table.flush_drafts(now), now)
+
+    def _take(self) -> list[Fact]:
+        """
+        What all sources have, into the table; gives the lead's.
+        """
+        facts = self._read_lead()
+        for source in self.sources[1:]:
+            self.table.apply(source.read())
+        self.table.apply(facts)
+        return facts
+
+    def _put_right(self, now_ns: int) -> None:
+        """
+        Look through /proc after a loss, and correct the table.
+
+        What ended while we looked is told by facts that are queued by now: they are taken first, so that nothing counts
+        as vanished whose end was seen.
+        """
+        alive = procfs.snapshot()
+        self._take()
+        known = self.table.processes
+        self.table.resync([fact for fact in alive if fact.pid in known or procfs.stat(fact.pid) is not None], now_ns)
 
     def deadline_ns(self) -> int | None:
         """
@@ -177,6 +210,9 @@ class Pipeline:
         """
         What the kernel still holds, what was undecided, and `stop`.
         """
+        for source in self.sources:
+            if isinstance(source, Finishing):
+                self.table.apply(source.finish())
         until = self.clock.now_ns()
         last = self.turn()
         while self._read_until_ns <= until and not self.finished:

@@ -390,6 +390,12 @@ class Scan:
 
     # Losses
 
+    def finish(self) -> list[Fact]:
+        """
+        The last look, with the losses that would have been told within the next second.
+        """
+        return self.read(final=True)
+
     def _account_due(self, final: bool) -> bool:
         return final or (self._unaccounted and self._now_ns - self._accounted_ns >= _SECOND)
 

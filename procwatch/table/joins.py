@@ -126,7 +126,7 @@ def named(details: Details, exe: Opened, script: Opened | None, certain: bool, c
     """
     A copy of `details` with this executable, and this comm if there was none.
     """
-    known = {"exe"} if details.comm is not None or comm is None else {"exe", "comm"}
+    known = {"exe", "exe_deleted"} if details.comm is not None or comm is None else {"exe", "exe_deleted", "comm"}
     return changed(
         details,
         exe=exe.path,

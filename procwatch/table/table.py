@@ -56,7 +56,7 @@ HOLD_NS = 100_000_000
 # Events held back behind an undecided fork; beyond it forks are decided early.
 MAX_HELD_EVENTS = 65_536
 MAX_ACCOUNTS = 16_384
-_UNREAD = {"exe": EXITED, "argv": EXITED, "comm": EXITED, "file": EXITED}
+_UNREAD = {"exe": EXITED, "exe_deleted": EXITED, "argv": EXITED, "comm": EXITED, "file": EXITED}
 _NO_USAGE = Usage()
 _SNAPSHOT, _RESYNC = Via("snapshot"), Via("resync")
 _NOBODY = Details(missing=dict.fromkeys(AT_FORK, LOST))
