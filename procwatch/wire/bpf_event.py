@@ -160,6 +160,8 @@ class Decoder:
                 limit -= 1
         except (struct.error, IndexError):
             raise DecodeError("the last record is cut") from None
+        if at > end:  # records begin at multiples of 8
+            raise DecodeError("the padding of the last record is cut")
         return at
 
     def _exec(self, data: Bytes, at: int, end: int, facts: list[Fact]) -> int:
