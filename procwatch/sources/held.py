@@ -46,7 +46,7 @@ class State(Struct):
     pid: int
     details: Details
     interpreter: str | None = None  # that the last script names
-    loader: bool = False  # the next open is the binary's loader
+    loader: str | None = None  # the binary's, which is opened next
 
 
 class Held:
@@ -67,6 +67,10 @@ class Held:
             tid: The thread that executes.
             memory: Read the arguments too.
         """
+        state = self._states.get(tid)
+        if state is not None and _is_loader(state, opened, by_name=True):
+            opened.pid, state.loader, state.call = state.pid, None, b""
+            return
         try:
             directory = os.open(f"/proc/{tid}", _DIRECTORY)
         except OSError:  # killed while it waited
@@ -74,9 +78,8 @@ class Held:
             return
         try:
             text = _call(directory)
-            state = self._states.get(tid)
-            if state is not None and state.call == text and state.loader and opened.interpreter is None:
-                opened.pid, state.loader, state.call = state.pid, False, b""
+            if state is not None and state.call == text and _is_loader(state, opened):
+                opened.pid, state.loader, state.call = state.pid, None, b""
                 return
             if state is None or state.call != text or not _follows(state, opened):
                 state = State(text, tid, Details(missing=dict.fromkeys(_WANTED, NOT_REPORTED)))
@@ -89,7 +92,7 @@ class Held:
             opened.pid = state.pid
             if opened.kind == "script":
                 _enter_script(state, opened.path, fd)
-            state.loader = opened.kind == "elf" and opened.interpreter is not None
+            state.loader = opened.interpreter if opened.kind == "elf" else None
             opened.held = _told(state.details, fd)
         finally:
             os.close(directory)
@@ -106,12 +109,22 @@ def _call(directory: int) -> bytes:
     The call that the task waits in. It queued the event just before it began to wait, so it may still run.
     """
     text = b""
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         text = _read(directory, b"syscall")
         if text != b"running\n":
             break
-        time.sleep(0.00002)
+        if attempt > _ATTEMPTS // 2:  # it was put aside; sleeping takes 70 µs, reading 5
+            time.sleep(0.001)
     return text
+
+
+def _is_loader(state: State, opened: Opened, *, by_name: bool = False) -> bool:
+    """
+    Whether it is the loader of the binary before. A name may be a link; then it takes the same registers to be sure.
+    """
+    if state.loader is None or opened.interpreter is not None or opened.kind != "elf":
+        return False
+    return not by_name or os.path.basename(state.loader) == os.path.basename(opened.path)
 
 
 def _follows(state: State, opened: Opened) -> bool:
@@ -158,11 +171,10 @@ def _read_arguments(tid: int, text: bytes, details: Details) -> None:
         call = execve.decode(text, _MACHINE)
         if call is None:
             return
-        name = _strings(tid, [call.name])[0]
+        name, *argv = _strings(tid, [call.name, *_pointers(tid, call.argv, call.pointer)])
         if name is not None:
             details.file = _file(decode.text(name), call.directory)
             del details.missing["file"]
-        argv = _strings(tid, _pointers(tid, call.argv, call.pointer))
     except PermissionError:
         details.missing["argv"] = PERMISSION
     except (OSError, DecodeError):

@@ -118,8 +118,10 @@ class Hold:
             What could not be marked.
         """
         assert self._socket is not None
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
         end = time.monotonic() + START_S
-        while (left := end - time.monotonic()) > 0 and select.select([self._socket], [], [], left)[0]:
+        while (left := end - time.monotonic()) > 0 and poll.poll(left * 1000):
             match self._receive():
                 case (holder.READY, list(limits)):
                     return limits

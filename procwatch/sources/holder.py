@@ -56,6 +56,7 @@ READY: Final = "ready"
 FAILED: Final = "failed"
 # Threads that hang in a dead task's memory; more of them, and memory is left alone.
 HANGING: Final = 16
+PRIORITY: Final = -10
 
 
 class Progress:
@@ -134,6 +135,16 @@ class Reader(threading.Thread):
                 self.queue.extend(holder.take())
             while self.queue and not self.given_up:
                 self._decide(self.queue.popleft())
+
+    def hangs(self) -> bool:
+        """
+        Whether it waits in the kernel ("D"), and not just for a processor, of which busy hosts have too few.
+        """
+        try:
+            with open(f"/proc/self/task/{self.native_id}/stat", "rb") as file:
+                return decode.stat(file.read()).state == "D"
+        except (OSError, DecodeError):
+            return False
 
     def _decide(self, event: fanotify.Event) -> None:
         facts: list[Opened] = []
@@ -255,7 +266,8 @@ class Holder:
         except IndexError:  # done at the last moment
             return
         reader.given_up = True
-        self._careful_until = time.monotonic() + 10 * spent
+        if reader.hangs():
+            self._careful_until = time.monotonic() + 10 * spent
         self.answer(event, facts)
         self._hanging = [*(other for other in self._hanging if other.is_alive()), reader]
         # The old reader takes no more: its queue belongs to the new one.
@@ -338,6 +350,10 @@ def main(arguments: list[str]) -> None:
     channel = Channel(socket.socket(fileno=int(arguments[0])))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)  # all who execute wait for it
+    except PermissionError:
+        pass
     try:
         group = libc.fanotify_init(GROUP_FLAGS | libc.FAN_UNLIMITED_QUEUE | libc.FAN_UNLIMITED_MARKS, EVENT_FLAGS)
         progress = Progress()

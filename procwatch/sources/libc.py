@@ -84,9 +84,11 @@ def process_vm_read(pid: int, ranges: list[tuple[int, int]]) -> list[bytes]:
         The pieces, those after a failure empty.
     """
     size = sum(length for _, length in ranges)
-    buffer = ctypes.create_string_buffer(size)
-    local = _Vector(ctypes.cast(buffer, ctypes.c_void_p), size)
-    remote = (_Vector * len(ranges))(*(_Vector(address, length) for address, length in ranges))
+    buffer = (ctypes.c_char * size)()
+    local = _Vector(ctypes.addressof(buffer), size)
+    remote = (_Vector * len(ranges))()
+    for vector, (address, length) in zip(remote, ranges, strict=True):
+        vector.base, vector.length = address, length
     count = _check(_libc.process_vm_readv(pid, ctypes.byref(local), 1, remote, len(ranges), 0))
     data, pieces, at = buffer.raw[:count], [], 0
     for _, length in ranges:

@@ -22,6 +22,7 @@ import errno
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -93,8 +94,9 @@ class Marks:
         self._epoll.register(self._wake, select.EPOLLIN)
         self._watch(os.getpid())
         self._scan()
+        end = time.monotonic() + SLOW_S
         for thread in self._slow.values():
-            thread.join(SLOW_S)
+            thread.join(max(0.0, end - time.monotonic()))
         self._thread.start()
 
     def seen(self, pid: int, namespace: int) -> None:

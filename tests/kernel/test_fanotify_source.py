@@ -302,7 +302,7 @@ class TestQueue:
             after = source.read()
 
         assert sum(isinstance(fact, Lost) and fact.where == "fanotify_queue" for fact in facts) == 1
-        assert [fact.path for fact in after if isinstance(fact, Opened)] == [str(tiny)]
+        assert str(tiny) in [fact.path for fact in after if isinstance(fact, Opened)]
 
     def test_flood_is_complete_and_closes_all(self, source: Fanotify, tiny: Path) -> None:
         """

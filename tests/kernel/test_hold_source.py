@@ -244,7 +244,7 @@ class TestNobodyWaits:
 
         held = facts[0].held
         assert held is not None
-        assert (held.argv, held.missing) == (None, {"argv": NOT_REPORTED})
+        assert (held.argv, held.missing) == (None, {"file": NOT_REPORTED, "argv": NOT_REPORTED})
         assert (facts[0].pid, held.cwd) == (hanging.pid, os.getcwd())
 
     def test_own_children(self, source: Hold, place: Path) -> None:
