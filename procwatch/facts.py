@@ -12,6 +12,8 @@ tracked by the garbage collector (`gc=False`): they never form cycles, and live 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from msgspec import Struct, field
 
 # Why a field is null (`missing` in an event).
@@ -23,6 +25,15 @@ NOT_REPORTED = "not_reported"  # this backend's mechanism does not carry it
 LOST = "lost"  # the fact that held it was dropped
 PAGED_OUT = "paged_out"  # its memory was not resident when the kernel was asked
 TOO_LONG = "too_long"  # longer than the 4096 bytes of a path that the kernel itself would say
+
+
+class Digest(Protocol):
+    """
+    A hash that is there, or will be.
+    """
+
+    hex: str | None
+    done: bool
 
 
 class Details(Struct, gc=False):
@@ -62,6 +73,15 @@ class Details(Struct, gc=False):
     namespaces: dict[str, int] | None = None  # "pid", "mnt", "user" ...: inode numbers
     auid: int | None = None  # audit login uid, unset = None
     privileges: list[str] | None = None  # gained by this exec: "setuid", "setgid", "capabilities"
+    audit_session: int | None = None
+    # The enrich stage's.
+    inspected: bool = False
+    exe_owner: int | None = None
+    exe_mode: str | None = None
+    exe_capabilities: str | None = None
+    exe_upper: bool | None = None
+    hash: Digest | None = None
+    ns_uid: int | None = None
     unread: Details | None = None  # the table's: what remains of these after an exec that nobody could read
     line: bytes | None = None  # formats': these, as they stand in a line of output
     named: int = 0  # formats': as of which generation of the names

@@ -22,6 +22,7 @@ from typing import Protocol, runtime_checkable
 from msgspec import Struct
 
 from procwatch import __version__
+from procwatch.enrich.inspector import Inspector
 from procwatch.errors import ConfigError
 from procwatch.events import DEFAULT_KINDS, Container, ContainerEvent, Event, Lost, ProcessEvent, Ready, Skipped, Stop
 from procwatch.facts import REPLACED, Details, Exec, Fact, Thread
@@ -77,13 +78,16 @@ class Pipeline:
         sources: Opened sources, the lead first.
         skipped: What does not run, and why.
         maker: Has the clock, the name of the host, and those of users and containers.
+        started_ns: When the sources were opened; None: now.
         kinds: The kinds of events wanted.
         hold_ns: See Table.
         ancestors: See Table.
         limit: Show so many events of processes, then set `finished`.
         keep: Which events of processes to show; None: all.
         under: Show only the process with this pid and its descendants.
-        wait_ns: How long events may wait for the names of their container.
+        name_wait_ns: How long events may wait for the names of their container.
+        hash_wait_ns: How long events may wait for the hash of their executable.
+        inspector: Looks at executables.
         look: Reads one process from /proc.
     """
 
@@ -94,18 +98,21 @@ class Pipeline:
         skipped: list[Skipped],
         *,
         maker: Maker,
+        started_ns: int | None = None,
         kinds: Collection[str] = DEFAULT_KINDS,
         hold_ns: int = HOLD_NS,
         ancestors: int = 0,
         limit: int | None = None,
         keep: Predicate | None = None,
         under: int | None = None,
-        wait_ns: int = 0,
+        name_wait_ns: int = 0,
+        hash_wait_ns: int = 0,
+        inspector: Inspector | None = None,
         look: Callable[[int], Details] = procfs.read,
     ) -> None:
         self.sources = sources
         self.clock = maker.clock
-        self.started_ns = self.clock.now_ns()
+        self.started_ns = started_ns or self.clock.now_ns()
         self._cpu_ns = time.process_time_ns()
         self._host = maker.host
         boot = procfs.boot_id()
@@ -133,7 +140,9 @@ class Pipeline:
         self._keep = keep
         self._under_pid = under
         self._under: str | None = None
-        self._wait_ns = wait_ns
+        self._name_wait_ns = name_wait_ns
+        self._hash_wait_ns = hash_wait_ns
+        self._inspector = inspector
         self._held: deque[tuple[int, Event | Draft]] = deque()
         self._kinds = frozenset(kinds)
         self.finished = False
@@ -202,9 +211,13 @@ class Pipeline:
         """
         When `turn()` has something to do though no source has anything, CLOCK_BOOTTIME, or None.
         """
-        whens = [self._resync_ns, self.table.deadline_ns() or NEVER_NS, self._held[0][0] if self._held else NEVER_NS]
+        whens = [self._resync_ns, self.table.deadline_ns() or NEVER_NS, self._held_until_ns()]
         when = min(whens)
         return when if when != NEVER_NS else None
+
+    def _held_until_ns(self) -> int:
+        wait_ns = max(self._name_wait_ns, self._hash_wait_ns)
+        return self._held[0][0] + wait_ns if self._held else NEVER_NS
 
     def stop(self) -> list[Event | Draft]:
         """
@@ -316,7 +329,11 @@ class Pipeline:
         """
         Those that may go now, that are wanted, counted.
         """
-        if self._wait_ns:
+        if self._inspector is not None:
+            for draft in drafts:
+                if isinstance(draft, Draft) and not draft.details.inspected:
+                    self._inspector.inspect(draft.who.pid, draft.details)
+        if self._name_wait_ns or self._hash_wait_ns:
             drafts = self._release(drafts, now_ns)
         if self._keep is not None or self._under is not None:
             drafts = [shown for draft in drafts if (shown := self._wanted(draft)) is not None]
@@ -324,21 +341,26 @@ class Pipeline:
 
     def _release(self, drafts: list[Event | Draft], now_ns: int) -> list[Event | Draft]:
         """
-        Hold back, in order, what happened in a container whose names are being looked up.
+        Hold back, in order, what is still being looked up: the names of a container, a hash.
         """
         held = self._held
-        held.extend((now_ns + self._wait_ns, draft) for draft in drafts)
-        pending = self.maker.names.pending
+        held.extend((now_ns, draft) for draft in drafts)
         ready = []
         while held:
-            until_ns, draft = held[0]
-            if until_ns > now_ns and len(held) < MAX_HELD and isinstance(draft, Draft):
-                self.maker.names.place(draft.details.cgroup)  # the lookup begins when somebody asks
-                if pending(draft.details.cgroup):
-                    break
+            since_ns, draft = held[0]
+            if len(held) < MAX_HELD and isinstance(draft, Draft) and self._incomplete(draft, now_ns - since_ns):
+                break
             ready.append(draft)
             held.popleft()
         return ready
+
+    def _incomplete(self, draft: Draft, waited_ns: int) -> bool:
+        details, names = draft.details, self.maker.names
+        if waited_ns < self._name_wait_ns:
+            names.place(details.cgroup)  # the lookup begins when somebody asks
+            if names.pending(details.cgroup):
+                return True
+        return waited_ns < self._hash_wait_ns and self._inspector is not None and self._inspector.pending(details)
 
     def _wanted(self, draft: Event | Draft) -> Event | Draft | None:
         if not isinstance(draft, Draft):
@@ -371,4 +393,4 @@ def _descends(draft: Draft, root: str) -> bool:
     Whether a draft is of the process with the id `root`, or of one of its descendants.
     """
     process = draft.process
-    return process.id == root or any(ancestor.id == root for ancestor in process.ancestors())
+    return process is not None and (process.id == root or any(ancestor.id == root for ancestor in process.ancestors()))

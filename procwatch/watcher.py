@@ -16,6 +16,7 @@ from typing import Self
 from procwatch import options
 from procwatch.clock import Clock
 from procwatch.enrich.enricher import Enricher
+from procwatch.enrich.inspector import Inspector
 from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, Running, Stop, Vanished
 from procwatch.pipeline import Pipeline, Stats
@@ -140,6 +141,9 @@ class Watcher:
         keep: Show only the events of processes for which this callable is true, see procwatch.policy.filter.Filter.
         under: Show only the process with this pid and its descendants.
         container_wait_ms: How long events may wait for the names of a new container; 0: they go out with its id alone.
+        hash: "sha256": the hash of each executable, from the file that ran, in a worker.
+        hash_wait_ms: How long events may wait for it; later events of the same file have it at once.
+        file_facts: Owner, mode and capabilities of each executable, and whether a container changed it.
         queue: Events that a consumer may be behind; beyond that it gets a `lost` event.
         sources: Opened or not, instead of `backend`: for tests, see procwatch.testing.
 
@@ -172,6 +176,9 @@ class Watcher:
         keep: Predicate | None = None,
         under: int | None = None,
         container_wait_ms: float = 0,
+        hash: str | None = None,  # noqa: A002
+        hash_wait_ms: float = 0,
+        file_facts: bool = False,
         queue: int = QUEUE,
         sources: list[Source] | None = None,
     ) -> None:
@@ -181,6 +188,7 @@ class Watcher:
             ("fork_hold_ms", fork_hold_ms, 0),
             ("ancestors", ancestors, 0),
             ("container_wait_ms", container_wait_ms, 0),
+            ("hash_wait_ms", hash_wait_ms, 0),
             ("queue", queue, 1),
             ("count", count, 1),
             ("for_s", for_s, 0),
@@ -189,6 +197,8 @@ class Watcher:
                 raise ConfigError(f"{name}={value} cannot be: {least} or more")
         if sources is not None and not sources:
             raise ConfigError("sources=[] cannot be: at least one")
+        if hash not in (None, "sha256"):
+            raise ConfigError(f"no hash {hash!r}: only sha256")
         self._backend = backend
         self._kinds = kinds | ({"running"} if initial else frozenset())
         self._initial = initial
@@ -196,7 +206,10 @@ class Watcher:
         self._for_s = for_s
         self._keep = keep
         self._under = under
-        self._wait_ns = int(container_wait_ms * 1_000_000)
+        self._name_wait_ns = int(container_wait_ms * 1_000_000)
+        self._hash_wait_ns = int(hash_wait_ms * 1_000_000)
+        self._hash = hash
+        self._file_facts = file_facts
         self._options = select.Options(options.buffer_bytes(buffer), latency_ms / 1000, tuple(without), self._kinds)
         self._hold_ns = int(fork_hold_ms * 1_000_000)
         self._ancestors = ancestors
@@ -204,6 +217,7 @@ class Watcher:
         self._given = sources
         self.maker = Maker(socket.gethostname(), Clock())  # makes events of the drafts that sinks get
         self._enricher: Enricher | None = None
+        self._inspector: Inspector | None = None
         self._pipeline: Pipeline | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fds: dict[int, Source] = {}
@@ -236,7 +250,12 @@ class Watcher:
         if self._pipeline is not None:
             raise ProcwatchError("a watcher can be started only once: make another")
         self._loop = asyncio.get_running_loop()
+        started_ns = self.maker.clock.now_ns()
         selection = self._select()
+        if self._hash is not None or self._file_facts:
+            self._inspector = Inspector(
+                files=self._file_facts, hashes=self._hash is not None, on_ready=self._wake_for_names
+            )
         self._enricher = Enricher(on_ready=self._wake_for_names)
         self.maker.names = self._enricher
         try:
@@ -245,13 +264,16 @@ class Watcher:
                 selection.sources,
                 selection.skipped + select.limits(selection.sources),
                 maker=self.maker,
+                started_ns=started_ns,
                 kinds=self._kinds,
                 hold_ns=self._hold_ns,
                 ancestors=self._ancestors,
                 limit=self._count,
                 keep=self._keep,
                 under=self._under,
-                wait_ns=self._wait_ns,
+                name_wait_ns=self._name_wait_ns,
+                hash_wait_ns=self._hash_wait_ns,
+                inspector=self._inspector,
             )
             self._default = None if self._sinks or self._draft_sinks else self.subscribe()
             self._give(self._pipeline.start(initial=self._initial))
@@ -315,6 +337,8 @@ class Watcher:
     def _finish(self) -> None:
         if self._enricher is not None:
             self._enricher.close()
+        if self._inspector is not None:
+            self._inspector.close()
         if self._pipeline is not None:
             self._pipeline.close()
         for subscription in self._subscriptions:

@@ -59,6 +59,17 @@ TREE_DEPTH = 64
     metavar="MS",
     help="How long lines may wait for the names of a new container.",
 )
+@click.option("--hash", type=click.Choice(["sha256"]), help="Hash each executable, from the file that ran.")
+@click.option(
+    "--hash-wait",
+    "hash_wait_ms",
+    type=float,
+    default=0,
+    show_default=True,
+    metavar="MS",
+    help="How long lines may wait for a new hash.",
+)
+@click.option("--file-facts", is_flag=True, help="Owner, mode and capabilities of each executable.")
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),

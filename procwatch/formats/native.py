@@ -12,7 +12,7 @@ from msgspec.json import Encoder
 
 from procwatch.events import Event, ProcessEvent, raw_of
 from procwatch.facts import Details
-from procwatch.table.draft import Draft, Maker, Who
+from procwatch.table.draft import Draft, Maker, Who, hash_of
 
 _encode = Encoder().encode
 _encode_into = Encoder().encode_into
@@ -104,9 +104,11 @@ class Lines:
             d.exe, d.exe_deleted, d.file, d.script, d.comm, d.cwd, d.uid, d.gid, d.euid, d.egid,
             self._maker.names.user(d.uid), d.tty, d.session, d.cgroup, container, unit, unit_user,
             d.exe_dev, d.exe_inode, d.exe_size, d.exe_memfd, d.namespaces, d.auid, d.privileges,
+            d.exe_owner, d.exe_mode, d.exe_capabilities, d.exe_upper, hash_of(d), d.ns_uid, d.audit_session,
         )  # fmt: skip
         d.line = _encode(context)[1:-1]
-        d.named = self._maker.names.generation
+        # A hash that is being computed will make it another line.
+        d.named = self._maker.names.generation if d.hash is None or d.hash.done else 0
         return d.line
 
     def _turn_second(self, time_ns: int) -> int:

@@ -110,12 +110,12 @@ class Draft:
         self,
         kind: type[ProcessEvent],
         time_ns: int,
-        process: Ancestry,
         who: Who,
         details: Details,
         missing: dict[str, str],
         inferred: Sequence[str],
         tail: Struct | None,
+        process: Ancestry | None = None,
     ) -> None:
         self.kind = kind
         self.process = process
@@ -237,9 +237,24 @@ class Maker:
             namespaces=details.namespaces,
             auid=details.auid,
             privileges=details.privileges,
+            exe_owner=details.exe_owner,
+            exe_mode=details.exe_mode,
+            exe_capabilities=details.exe_capabilities,
+            exe_upper=details.exe_upper,
+            hash=hash_of(details),
+            ns_uid=details.ns_uid,
+            audit_session=details.audit_session,
             missing=draft.missing,
             inferred=list(draft.inferred),
             ns_pid=who.ns_pid,
             ancestors=who.ancestors,
             **tail,
         )
+
+
+def hash_of(details: Details) -> dict[str, str] | None:
+    """
+    The hashes of the executable that are known now.
+    """
+    digest = details.hash
+    return None if digest is None or digest.hex is None else {"sha256": digest.hex}

@@ -137,6 +137,7 @@ def named(details: Details, exe: Opened, script: Opened | None, certain: bool, c
         exe_size=exe.size,
         comm=details.comm or comm,
         script=details.script if script is None else script.path,
+        inspected=False,
         missing={field: why for field, why in details.missing.items() if field not in known},
         inferred=details.inferred if certain else (*details.inferred, "exe"),
     )

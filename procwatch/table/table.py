@@ -218,8 +218,9 @@ class Table:
         """
         Take the processes that live at the start; `tell` makes `running` events of them.
         """
-        self.started_ns = started_ns
         facts = list(alive)
+        # Who ended before it was looked for, and was not born since, was never there for us.
+        self.started_ns = max([started_ns, *(fact.time_ns for fact in facts)])
         for fact in facts:
             self._adopt(fact)
         for fact in facts:  # parents may have higher pids than their children
@@ -663,7 +664,7 @@ class Table:
         if process.argv_missing is not None:
             known = {**known, "argv": process.argv_missing}
         who = process.who or process.introduce(self._ancestors)
-        return Draft(kind, time_ns, process, who, details, {**known, **missing} if missing else known, inferred, tail)
+        return Draft(kind, time_ns, who, details, {**known, **missing} if missing else known, inferred, tail, process)
 
 
 def _unread(before: Details) -> Details:
