@@ -190,7 +190,9 @@ def main() -> int:
     Boot them all.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=ROOT / ".kernels", help="where kernels and the disk are kept")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "build" / "kernels", help="where kernels and the disk are kept"
+    )
     parser.add_argument("--kernel", action="append", help=f"a package, or one of {', '.join(KERNELS)}; default: all")
     known, arguments = parser.parse_known_args()
     for tool in ("qemu-system-x86_64", "mke2fs", "dpkg", "apt-get"):

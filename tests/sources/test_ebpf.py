@@ -34,7 +34,7 @@ class TestBlob:
         parsed = loader.parse_blob(blob())
 
         assert {"ring", "counters", "rodata"} <= set(parsed.maps)
-        assert set(parsed.programs) == {"on_exec", "on_fork", "on_exit", "on_exec_failed"}
+        assert {"on_exec", "on_fork", "on_exit", "on_exec_failed"} <= set(parsed.programs)
         assert len(parsed.instructions) % 8 == 0
 
     def test_names_no_machine(self):

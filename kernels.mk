@@ -1,0 +1,10 @@
+# Tests in other kernels, emulated: needs qemu-system-x86 and e2fsprogs, and apt's sources for the kernels themselves.
+# ARGS are pytest's: `make -f kernels.mk test-kernels ARGS="tests/kernel/test_ebpf_source.py -k script"`
+
+KERNELS_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+# Each kernel is one of 6.1, 6.12 or the name of a Debian package of a cloud kernel.
+KERNELS ?= 6.1 6.12
+
+.PHONY: test-kernels
+test-kernels: ## Run tests/kernel in Debian's older kernels; ARGS="..." passes options to pytest
+	$(KERNELS_PYTHON) -m tests.kernels.boot $(KERNELS:%=--kernel %) $(ARGS)
