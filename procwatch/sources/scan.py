@@ -103,6 +103,7 @@ class Scan:
         self._due: list[tuple[int, int, int]] = []  # heap: when to look again, pid, start
         self._absent: list[int] = []  # numbers that were given out, and nobody was there
         self._ended: set[int] = set()  # in this look
+        self._told: dict[int, int] = {}  # ended and told, perhaps still waiting for the parent: pid -> start
         self._last_pid = self._pid_max = 0
         self._now_ns = self._looked_ns = self._born_ns = self._cost_ns = 0
         self._unlisted = False
@@ -271,7 +272,9 @@ class Scan:
         # What is born from here on moves the last pid, and makes another listing due.
         self._unlisted = procfs.last_pid(self._loadavg) != self._last_pid
         self._listed_ns = self._now_ns
-        for pid in procfs.pids():
+        listed = procfs.pids()
+        self._told = {pid: self._told[pid] for pid in listed if pid in self._told}
+        for pid in listed:
             if pid not in self._known:
                 self._meet(pid, facts)
 
@@ -288,7 +291,8 @@ class Scan:
         read_ns = _now()
         details, state = procfs.look(pid)
         known = self._known.get(pid)
-        same = state is not None and known is not None and known.start_ticks == state.start_ticks
+        start = self._told.get(pid) if known is None else known.start_ticks
+        same = state is not None and start == state.start_ticks
         if state is None or state.exit_signal == -1 or same:
             if fd >= 0:
                 os.close(fd)
@@ -383,9 +387,12 @@ class Scan:
     def _end(self, process: _Known, time_ns: int, status: int | None, facts: list[Fact]) -> None:
         del self._known[process.pid]
         self._ended.add(process.pid)
+        self._told[process.pid] = process.start_ticks
         if process.fd >= 0:
+            assert self._epoll is not None
+            self._epoll.unregister(process.fd)  # closing is not enough where a forked child of ours has it, too
             del self._by_fd[process.fd]
-            os.close(process.fd)  # leaves the epoll set with it
+            os.close(process.fd)
         facts.append(Exit(time_ns, process.pid, status, start_ns=process.start_ticks * NS_PER_TICK))
 
     # Losses
