@@ -105,6 +105,9 @@ class Table:
         self._boot = boot
         self.maker = maker
         self._kinds = frozenset(kinds)
+        self._tells_fork, self._tells_exec, self._tells_exit = (
+            kind in self._kinds for kind in ("fork", "exec", "exit")
+        )
         self._hold_ns = hold_ns if {"fork", "exec"} <= self._kinds else 0
         self._look = look
         self._ancestors = ancestors
@@ -255,6 +258,8 @@ class Table:
                 known.born_ns = fact.time_ns  # the snapshot saw it first
                 self._hold(known, fact.time_ns)
                 return
+            if start is not None and start == known.start_ticks and not known.start_inferred:
+                return  # told before: a source may tell a fork late, and again
             self._vanish(known, fact.time_ns)
         parent = self.processes.get(fact.ppid)
         details = fact.details
@@ -277,14 +282,17 @@ class Table:
             self._hold(process, fact.time_ns)
 
     def _on_exec(self, fact: Exec) -> None:
-        process = self._executed(fact) if fact.start_ns is None else self._executed_whole(fact, fact.start_ns)
+        if fact.start_ns is not None:
+            self._on_whole_exec(fact, fact.start_ns)
+            return
+        process = self._executed(fact)
         if process.tids is not None or not process.leader_alive or process.others:
             process.tids = None  # an exec ends all other threads, and the one that called it becomes the leader
             process.others = 0
             process.leader_alive = True
             self._doubtful.pop(fact.pid, None)
-        forked = self._merge(process) or (fact.first and "fork" not in self._kinds)
-        if "exec" in self._kinds:
+        forked = self._merge(process)
+        if self._tells_exec:
             self._out.append(self._draft(events.Exec, process, fact.time_ns, FORKED if forked else None))
 
     def _executed(self, fact: Exec) -> Process:
@@ -316,32 +324,45 @@ class Table:
         process.set_details(details)
         return process
 
-    def _executed_whole(self, fact: Exec, start_ns: int) -> Process:
+    def _on_whole_exec(self, fact: Exec, start_ns: int) -> None:
         """
-        Who executed a program, where the source knew all of it: nothing to join, and details that many share.
+        The same, where the source knew all of it: nothing to join, and details that many share.
+
+        With `_end` this is what each process on the best backend costs, so it calls little: calls are half of the cost.
         """
-        details = fact.details
+        pid, details, ppid = fact.pid, fact.details, fact.ppid
         assert details is not None
-        process = self.processes.get(fact.pid)
-        start = ticks(start_ns)
+        process = self.processes.get(pid)
+        start = start_ns // NS_PER_TICK
         if process is not None and process.start_ticks != start:
             self._vanish(process, fact.time_ns)
             process = None
         if process is None:
-            parent = self.processes.get(fact.ppid or 0)
-            process = Process(fact.pid, start, process_id(self._boot, fact.pid, start), parent, details)
-            process.ppid = fact.ppid
+            parent = self.processes.get(ppid or 0)
+            process = Process(pid, start, f"{self._boot}-{pid}-{start}", parent, details)
+            process.ppid = ppid
             process.born_ns = start_ns
-            self.processes[fact.pid] = process
+            self.processes[pid] = process
+            forked = fact.first and not self._tells_fork
         else:
-            process.view = process.who = None
+            parent = process.parent
+            process.view = None
             process.inherited = False
             process.details = details
+            forked = (process.forked_ns != 0 and self._merge(process)) or (fact.first and not self._tells_fork)
         process.argv = fact.argv
-        process.argv_truncated = fact.argv_truncated
-        process.argv_missing = fact.argv_missing
-        process.ns_pid = fact.ns_pid if fact.ns_pid != fact.pid else None
-        return process
+        missing = details.missing
+        if fact.argv is None or fact.argv_truncated or process.argv_truncated or process.argv_missing:
+            process.argv_truncated = fact.argv_truncated
+            process.argv_missing = fact.argv_missing
+            if fact.argv_missing is not None:
+                missing = {**missing, "argv": fact.argv_missing}
+        process.ns_pid = fact.ns_pid if fact.ns_pid != pid else None
+        process.who = None
+        if self._tells_exec:
+            who = process.introduce(self._ancestors)
+            tail = FORKED if forked else None
+            self._out.append(Draft(events.Exec, fact.time_ns, who, details, missing, details.inferred, tail, process))
 
     def _on_exit(self, fact: Exit) -> None:
         process = self.processes.get(fact.pid)
@@ -538,17 +559,17 @@ class Table:
 
     def _end(self, process: Process, time_ns: int, status: int | None, usage: Usage | None) -> None:
         pid = process.pid
-        account = self._accounts.pop(pid, None)
-        self._doubtful.pop(pid, None)
-        if type(process.held) is _Held and process.held.pending:
-            self._decide(process.held, look=False)
+        if self._doubtful:
+            self._doubtful.pop(pid, None)
+        if process.held is not None:
+            self._decide_now(process)
         self.processes.pop(pid, None)
         process.ended = True
-        if "exit" not in self._kinds or process.ppid == KTHREADD:
-            return
-        if account is not None:
+        if self._accounts and (account := self._accounts.pop(pid, None)) is not None:
             usage = usage or account.usage
             self._add_account(process, account)
+        if not self._tells_exit or process.ppid == KTHREADD:
+            return
         missing = None
         if status is None:
             number, code, core = 0, None, None
@@ -556,26 +577,36 @@ class Table:
         else:
             number = status & 0x7F
             code = None if number else status >> 8 & 0xFF
-            core = bool(status & 0x80)
-        usage = usage or _NO_USAGE
-        if usage.cpu_user_ns is None or usage.cpu_system_ns is None or usage.max_rss_bytes is None:
+            core = status & 0x80 != 0
+        if usage is None:
+            usage = _NO_USAGE
+        user_ns, system_ns, max_rss = usage.cpu_user_ns, usage.cpu_system_ns, usage.max_rss_bytes
+        if user_ns is None or system_ns is None or max_rss is None:
             unknown = [name for name in _ACCOUNTED if getattr(usage, name) is None]
             missing = {**(missing or {}), **dict.fromkeys(unknown, NOT_REPORTED)}
         born_ns = process.born_ns or process.start_ticks * NS_PER_TICK
         if not born_ns:
             missing = {**(missing or {}), "duration_ns": LOST}
+        lived_ns = time_ns - born_ns if born_ns else None
         end = End(
             code,
             number or None,
             core,
-            time_ns - born_ns if born_ns else None,
-            usage.cpu_user_ns,
-            usage.cpu_system_ns,
-            usage.max_rss_bytes,
+            lived_ns,
+            user_ns,
+            system_ns,
+            max_rss,
             usage.io_read_bytes,
             usage.io_write_bytes,
         )
         self._out.append(self._draft(events.Exit, process, time_ns, end, missing))
+
+    def _decide_now(self, process: Process) -> None:
+        """
+        A fork that is still held is told as one: its process did not live to execute a program.
+        """
+        if type(process.held) is _Held and process.held.pending:
+            self._decide(process.held, look=False)
 
     def _add_account(self, process: Process, account: Accounted) -> None:
         """
@@ -594,8 +625,7 @@ class Table:
             process.details = named(process.details, exe, None, False)
 
     def _vanish(self, process: Process, time_ns: int) -> None:
-        if type(process.held) is _Held and process.held.pending:
-            self._decide(process.held, look=False)
+        self._decide_now(process)
         self.processes.pop(process.pid, None)
         self._doubtful.pop(process.pid, None)
         process.ended = True
@@ -663,8 +693,10 @@ class Table:
         known = details.missing
         if process.argv_missing is not None:
             known = {**known, "argv": process.argv_missing}
+        if missing:
+            known = {**known, **missing}
         who = process.who or process.introduce(self._ancestors)
-        return Draft(kind, time_ns, who, details, {**known, **missing} if missing else known, inferred, tail, process)
+        return Draft(kind, time_ns, who, details, known, inferred, tail, process)
 
 
 def _unread(before: Details) -> Details:
