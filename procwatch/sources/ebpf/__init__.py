@@ -25,6 +25,9 @@ from procwatch.wire.bpf_event import KINDS, Decoder
 MAX_ARGV = 8 << 20  # what the program's loop can reach; the kernel's own limit is 6 MiB, execve(2)
 BATCH = 1024  # records after which the kernel gets its room back
 MOST = 16 * BATCH  # records of one read(): what they become must fit into memory
+# How often to ask whether the kernel skipped a program because another run of it was interrupted on that CPU. Up to
+# 6.18 nothing interrupts them, so that the answer is 0; it costs a system call for each program.
+LOOK_NS = 1_000_000_000
 
 _CAPABILITIES = {38: "CAP_PERFMON", 39: "CAP_BPF"}
 _CAP_SYS_ADMIN = 21
@@ -81,7 +84,10 @@ class Ebpf:
         self._ring: Ring | None = None
         self._counters: Counters | None = None
         self._ring_fd: int | None = None
-        self._lost = [0] * Counters.KINDS
+        self._program_fds: dict[int, int] = {}
+        self._lost: dict[int, int] = {}
+        self._missed: dict[int, int] = {}
+        self._look_ns = 0
         self._last_ns = 0
         self._seen: dict[str, int] = {}
         self._stats = dict.fromkeys(SourceStats.__struct_fields__, 0)
@@ -135,13 +141,16 @@ class Ebpf:
             except OSError as error:
                 raise SourceUnavailable(self.name, f"the ring buffer cannot be mapped: {error.strerror}") from error
             self._ring, self._counters, self._ring_fd = ring, counters, loaded.maps["ring"]
+            self._program_fds = {kind: loaded.programs[f"on_{name}"] for kind, name in KINDS.items()}
+            self._lost = self._missed = dict.fromkeys(KINDS, 0)
+            self._look_ns = 0
             self._last_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
             self._closing = stack.pop_all()
 
     def _programs(self) -> list[tuple[str, str]]:
         programs = [("sched_process_exec", "on_exec"), ("sched_process_exit", "on_exit")]
         if self._forks:
-            programs.append(("sched_process_fork", "on_fork"))
+            programs += [("sched_process_fork", "on_fork"), ("task_newtask", "on_worker")]
         if self._exec_failed:
             programs.append(("sys_exit", "on_exec_failed"))
         return programs
@@ -186,7 +195,7 @@ class Ebpf:
         facts: list[Fact] = []
         drained = self._drain(ring, facts)
         facts.sort(key=_BY_TIME)
-        if drained and (lost := self._newly_lost(counters.lost())):
+        if drained and (lost := self._newly_lost(counters)):
             facts.append(lost)
         if facts:
             self._stats["wakeups"] += 1
@@ -211,13 +220,17 @@ class Ebpf:
                 return True
         return False
 
-    def _newly_lost(self, totals: list[int]) -> Lost | None:
+    def _newly_lost(self, counters: Counters) -> Lost | None:
         now, since = time.clock_gettime_ns(time.CLOCK_BOOTTIME), self._last_ns
         self._last_ns = now
+        lost = counters.lost()
+        if now >= self._look_ns:
+            self._look_ns = now + LOOK_NS
+            self._missed = {kind: loader.missed(fd) for kind, fd in self._program_fds.items()}
+        totals = {kind: lost[kind] + missed for kind, missed in self._missed.items()}
         if totals == self._lost:
             return None
-        lost = [total - before for total, before in zip(totals, self._lost, strict=True)]
-        kinds = {name: lost[kind] for kind, name in KINDS.items() if lost[kind]}
+        kinds = {KINDS[kind]: total - self._lost[kind] for kind, total in totals.items() if total > self._lost[kind]}
         self._lost = totals
         count = sum(kinds.values())
         self._stats["lost"] += count
@@ -229,7 +242,7 @@ class Ebpf:
         """
         if self._counters is not None:
             seen = self._counters.seen()
-            self._seen = {name: seen[kind] for kind, name in KINDS.items()}
+            self._seen = {name: seen[kind] + self._missed[kind] for kind, name in KINDS.items()}
         return self._seen
 
     def stats(self) -> SourceStats:

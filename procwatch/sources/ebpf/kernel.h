@@ -293,6 +293,7 @@ struct linux_binprm {
 #pragma clang attribute pop
 
 enum {
+	PF_IO_WORKER = 0x00000010,
 	PF_KTHREAD = 0x00200000,
 	SIGNAL_GROUP_EXIT = 4,
 	PIDTYPE_SID = 3,

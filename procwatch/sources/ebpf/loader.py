@@ -18,7 +18,7 @@ from msgspec import Struct
 MAGIC = b"pwbpf\x00\x01\x00"
 
 # enum bpf_cmd, enum bpf_map_type, enum bpf_prog_type in include/uapi/linux/bpf.h
-MAP_CREATE, MAP_UPDATE_ELEM, PROG_LOAD, PROG_RUN, RAW_TRACEPOINT_OPEN = 0, 2, 5, 10, 17
+MAP_CREATE, MAP_UPDATE_ELEM, PROG_LOAD, PROG_RUN, OBJ_GET_INFO_BY_FD, RAW_TRACEPOINT_OPEN = 0, 2, 5, 10, 15, 17
 MAP_TYPE_ARRAY, PROG_TYPE_SYSCALL, F_SLEEPABLE = 2, 31, 1 << 4
 
 # x86_64 has numbers of its own, all newer machines share one table: include/uapi/asm-generic/unistd.h
@@ -108,6 +108,16 @@ def attach(tracepoint: str, program: int) -> int:
     """
     name = ctypes.create_string_buffer(tracepoint.encode())
     return bpf(RAW_TRACEPOINT_OPEN, struct.pack("<QII", ctypes.addressof(name), program, 0), f"attach {tracepoint}")[0]
+
+
+def missed(program: int) -> int:
+    """
+    How often the kernel did not run a program because it was still at work on that CPU: `recursion_misses`, the last
+    field that we ask for of struct bpf_prog_info.
+    """
+    info = ctypes.create_string_buffer(216)
+    bpf(OBJ_GET_INFO_BY_FD, struct.pack("<IIQ", program, len(info), _address(info)), "ask about a program")
+    return int.from_bytes(info.raw[208:], "little")
 
 
 def membarrier(command: int) -> None:

@@ -14,7 +14,8 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-enum kind { EXEC = 1, FORK = 2, EXIT = 3, ARGV = 4, EXEC_FAILED = 5, KINDS = 8 };
+/* A TASK is counted only: a thread, or a thread of the kernel. */
+enum kind { EXEC = 1, FORK = 2, EXIT = 3, ARGV = 4, EXEC_FAILED = 5, TASK = 6, KINDS = 8 };
 
 /* Of what many processes share. */
 enum shared_flag {
@@ -100,7 +101,7 @@ struct strings {
 	u32 limit; /* where the string being appended must have stopped */
 	u32 done;
 	u32 detached;
-	struct dentry *dentry;
+	struct dentry *dentry, *root; /* where the walk is, and the root of the mount that it is in */
 	struct mount *mnt;
 	struct kernfs_node *kn;
 };
@@ -245,7 +246,7 @@ static long path_step(u32 i, struct exec_scratch **ctx)
 	struct dentry *dentry = str->dentry, *parent;
 	struct mount *mnt = str->mnt, *above;
 
-	if (dentry == BPF_CORE_READ(mnt, mnt.mnt_root)) {
+	if (dentry == str->root) {
 		above = BPF_CORE_READ(mnt, mnt_parent);
 		if (above == mnt) {
 			str->done = 1;
@@ -253,6 +254,7 @@ static long path_step(u32 i, struct exec_scratch **ctx)
 		}
 		str->dentry = BPF_CORE_READ(mnt, mnt_mountpoint);
 		str->mnt = above;
+		str->root = BPF_CORE_READ(above, mnt.mnt_root);
 		return 0;
 	}
 	if (!append(str, s->buf, BPF_CORE_READ(dentry, d_name.name)))
@@ -272,6 +274,7 @@ static __always_inline bool append_path(struct exec_scratch *s, struct vfsmount 
 {
 	s->str.dentry = dentry;
 	s->str.mnt = (void *)vfsmnt - bpf_core_field_offset(struct mount, mnt);
+	s->str.root = BPF_CORE_READ(vfsmnt, mnt_root);
 	begin(&s->str);
 	bpf_loop(STEPS, path_step, &s, 0);
 	return s->str.done;
@@ -594,8 +597,10 @@ int on_fork(struct raw_args *ctx)
 	struct fork_scratch *s;
 	u64 size;
 
-	if (BPF_CORE_READ(child, pid) != BPF_CORE_READ(child, tgid) || BPF_CORE_READ(child, flags) & PF_KTHREAD)
+	if (BPF_CORE_READ(child, pid) != BPF_CORE_READ(child, tgid) || BPF_CORE_READ(child, flags) & PF_KTHREAD) {
+		count_seen(TASK);
 		return 0;
+	}
 	s = entry(&fork_scratch, 0);
 	if (!s)
 		return 0;
@@ -610,6 +615,17 @@ int on_fork(struct raw_args *ctx)
 	if (size > sizeof(s->head) + sizeof(s->buf))
 		return 0;
 	emit(FORK, &s->head, size);
+	return 0;
+}
+
+/* Workers of io_uring are not forked, so the tracepoint above does not tell of them; the kernel's total counts them. */
+SEC("raw_tp/task_newtask")
+int on_worker(struct raw_args *ctx)
+{
+	struct task_struct *task = (void *)ctx->args[0];
+
+	if (BPF_CORE_READ(task, flags) & PF_IO_WORKER)
+		count_seen(TASK);
 	return 0;
 }
 
