@@ -55,6 +55,18 @@ class Finishing(Protocol):
         """
 
 
+@runtime_checkable
+class Counting(Protocol):
+    """
+    A source that compares itself with the kernel's own counts.
+    """
+
+    def coverage(self) -> dict[str, float]:
+        """
+        By kind, the share of what the kernel counted that was told: 0 to 1.
+        """
+
+
 class Stats(Struct, frozen=True):
     """
     What `stats()` tells, since the start.
@@ -67,6 +79,7 @@ class Stats(Struct, frozen=True):
     proc_reads: int  # looks at /proc/PID after an exec
     proc_hits: int  # of these, the process was still there
     disagreements: int  # execs of which /proc and fanotify named different files
+    coverage: dict[str, float] = {}  # by kind, the share of what the kernel counted that was seen: 0 to 1
 
 
 class Pipeline:
@@ -242,6 +255,7 @@ class Pipeline:
                 duration_ns=now - self.started_ns,
                 cpu_ns=time.process_time_ns() - self._cpu_ns,
                 max_rss_bytes=usage.ru_maxrss * 1024,
+                coverage=self._coverage() or None,
             )
         )
         return last
@@ -269,7 +283,12 @@ class Pipeline:
             proc_reads=self._proc_reads,
             proc_hits=self._proc_hits,
             disagreements=self.table.joins.disagreements,
+            coverage=self._coverage(),
         )
+
+    def _coverage(self) -> dict[str, float]:
+        lead = self.sources[0] if self.sources else None
+        return lead.coverage() if isinstance(lead, Counting) else {}
 
     def close(self) -> None:
         """

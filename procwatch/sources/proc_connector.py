@@ -26,8 +26,9 @@ from operator import attrgetter
 from typing import ClassVar
 
 from procwatch.errors import DecodeError, SourceUnavailable
-from procwatch.facts import Exec, Fact, Lost, Thread
+from procwatch.facts import Exec, Fact, Fork, Lost, Thread
 from procwatch.sources.base import SourceStats
+from procwatch.sources.births import Births
 from procwatch.wire import cn_proc
 
 SO_RCVBUFFORCE = 33
@@ -63,6 +64,8 @@ class ProcConnector:
         self._drops_at_open = 0
         self._overrun = False
         self._facts = self._wakeups = self._undecoded = 0
+        self._born = 0
+        self._births: Births | None = None
         self._pace = Pace()
 
     def probe(self) -> SourceUnavailable | None:
@@ -101,6 +104,7 @@ class ProcConnector:
             self.close()
             raise
         self._drops_at_open = self._drops()
+        self._births = Births(lambda: self._born)
 
     def _set_buffer(self) -> None:
         assert self._socket is not None
@@ -210,7 +214,7 @@ class ProcConnector:
             self._wakeups += 1
             self._facts += len(facts)
             facts.sort(key=attrgetter("time_ns"))  # two CPUs stamp before they queue
-            self._pace.learn(facts)
+            self._born += self._pace.learn(facts)
         return facts
 
     def _take(self, data: bytes, offset: int, facts: list[Fact]) -> None:
@@ -263,6 +267,12 @@ class ProcConnector:
         info = self._socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)
         return int(struct.unpack_from("=9I", info)[SK_MEMINFO_DROPS])
 
+    def coverage(self) -> dict[str, float]:
+        """
+        Of the births that the kernel counted, the share that was told.
+        """
+        return {} if self._births is None else {"fork": self._births.share()}
+
     def stats(self) -> SourceStats:
         """
         Counters so far.
@@ -302,12 +312,25 @@ class Pace:
     def too_short(self) -> bool:
         return self._short > 0.8
 
-    def learn(self, facts: list[Fact]) -> None:
+    def learn(self, facts: list[Fact]) -> int:
+        """
+        Look at new facts; one loop does all that must be known of each.
+
+        Returns:
+            How many tasks were born.
+        """
         execs = self._execs
+        births = 0
         for fact in facts:
             if type(fact) is Exec:
                 execs[fact.pid] = fact.time_ns
-            elif type(fact) is Thread and not fact.born and (born := execs.pop(fact.pid, 0)):
-                self._short += ((fact.time_ns - born < self.SHORT_NS) - self._short) / 64
+            elif type(fact) is Fork:
+                births += 1
+            elif type(fact) is Thread:
+                if fact.born:
+                    births += 1
+                elif born := execs.pop(fact.pid, 0):
+                    self._short += ((fact.time_ns - born < self.SHORT_NS) - self._short) / 64
         if len(execs) > 4096:  # the living are of no interest for long
             execs.clear()
+        return births

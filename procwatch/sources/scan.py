@@ -40,6 +40,7 @@ from procwatch.errors import DecodeError, SourceUnavailable
 from procwatch.facts import Details, Exec, Exit, Fact, Fork, Lost
 from procwatch.sources import pidfd, procfs
 from procwatch.sources.base import SourceStats
+from procwatch.sources.births import share
 from procwatch.table.identity import NS_PER_TICK
 from procwatch.wire.procfs import PF_FORKNOEXEC, Stat
 
@@ -223,6 +224,12 @@ class Scan:
         self._facts += len(facts)
         self._wakeups += bool(facts)
         return facts
+
+    def coverage(self) -> dict[str, float]:
+        """
+        Of the births that the kernel counted, the share that was seen.
+        """
+        return {"fork": share(self._seen, procfs.born() - self._births_at_open)} if self._counts_births else {}
 
     def stats(self) -> SourceStats:
         """

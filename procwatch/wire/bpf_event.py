@@ -26,7 +26,7 @@ from procwatch.facts import (
 )
 from procwatch.wire.procfs import tty_name
 
-EXEC, FORK, EXIT, ARGV, EXEC_FAILED = 1, 2, 3, 4, 5
+EXEC, FORK, EXIT, ARGV, EXEC_FAILED, TASK = 1, 2, 3, 4, 5, 6
 KINDS = {EXEC: "exec", FORK: "fork", EXIT: "exit", EXEC_FAILED: "exec_failed"}
 
 BUSY, DISCARD = 1 << 31, 1 << 30  # BPF_RINGBUF_BUSY_BIT, BPF_RINGBUF_DISCARD_BIT

@@ -17,10 +17,11 @@ from typing import ClassVar
 from procwatch.errors import ConfigError, DecodeError, SourceUnavailable
 from procwatch.facts import Fact, Lost
 from procwatch.sources.base import SourceStats
+from procwatch.sources.births import Births, share
 from procwatch.sources.ebpf import loader
 from procwatch.sources.ebpf.ring import Counters, Ring
 from procwatch.table.identity import NS_PER_TICK
-from procwatch.wire.bpf_event import KINDS, Decoder
+from procwatch.wire.bpf_event import EXEC, EXIT, FORK, KINDS, TASK, Decoder
 
 MAX_ARGV = 8 << 20  # what the program's loop can reach; the kernel's own limit is 6 MiB, execve(2)
 BATCH = 1024  # records after which the kernel gets its room back
@@ -88,6 +89,7 @@ class Ebpf:
         self._lost: dict[int, int] = {}
         self._missed: dict[int, int] = {}
         self._look_ns = 0
+        self._births: Births | None = None
         self._last_ns = 0
         self._seen: dict[str, int] = {}
         self._stats = dict.fromkeys(SourceStats.__struct_fields__, 0)
@@ -146,6 +148,7 @@ class Ebpf:
             self._look_ns = 0
             self._last_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
             self._closing = stack.pop_all()
+            self._births = Births(self._born) if self._forks else None
 
     def _programs(self) -> list[tuple[str, str]]:
         programs = [("sched_process_exec", "on_exec"), ("sched_process_exit", "on_exit")]
@@ -244,6 +247,22 @@ class Ebpf:
             seen = self._counters.seen()
             self._seen = {name: seen[kind] + self._missed[kind] for kind, name in KINDS.items()}
         return self._seen
+
+    def coverage(self) -> dict[str, float]:
+        """
+        Of what the programs saw, the share that was told; of forks, of what the kernel counted itself.
+        """
+        counters, births = self._counters, self._births
+        if counters is None:
+            return {}
+        seen, full, total = counters.seen(), counters.lost(), self.kernel_counts()
+        shares = {name: share(seen[kind] - full[kind], total[name]) for kind, name in ((EXEC, "exec"), (EXIT, "exit"))}
+        return shares if births is None else {"fork": births.share(), **shares}
+
+    def _born(self) -> int:
+        assert self._counters is not None
+        seen = self._counters.seen()
+        return seen[FORK] + seen[TASK] - self._counters.lost()[FORK]
 
     def stats(self) -> SourceStats:
         """
