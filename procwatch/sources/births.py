@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from procwatch.errors import DecodeError
 from procwatch.sources import procfs
 
 # The two numbers must be of one moment; on a host where something is born all the time, they are nearly so.
@@ -28,21 +29,23 @@ class Births:
         self._born = born
         self._start = self._both()
 
-    def _both(self) -> tuple[int, int]:
-        born = told = 0
-        for _ in range(TRIES):
-            told = self._told()
-            born = self._born()
-            if self._told() == told:
-                break
+    def _both(self) -> tuple[int, int] | None:
+        try:
+            for _ in range(TRIES):
+                told = self._told()
+                born = self._born()
+                if self._told() == told:
+                    break
+        except DecodeError:  # no such file: /proc is mounted with subset=pid
+            return None
         return born, told
 
-    def share(self) -> float:
+    def shares(self) -> dict[str, float]:
         """
-        0 to 1; 1 when nothing was born.
+        As `fork`, 0 to 1; empty where the kernel does not tell.
         """
-        born, told = (now - start for now, start in zip(self._both(), self._start, strict=True))
-        return share(told, born)
+        now, start = self._both(), self._start
+        return {} if now is None or start is None else {"fork": share(now[1] - start[1], now[0] - start[0])}
 
 
 def share(told: int, total: int) -> float:

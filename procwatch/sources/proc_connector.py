@@ -271,7 +271,7 @@ class ProcConnector:
         """
         Of the births that the kernel counted, the share that was told.
         """
-        return {} if self._births is None else {"fork": self._births.share()}
+        return {} if self._births is None else self._births.shares()
 
     def stats(self) -> SourceStats:
         """

@@ -257,7 +257,7 @@ class Ebpf:
             return {}
         seen, full, total = counters.seen(), counters.lost(), self.kernel_counts()
         shares = {name: share(seen[kind] - full[kind], total[name]) for kind, name in ((EXEC, "exec"), (EXIT, "exit"))}
-        return shares if births is None else {"fork": births.share(), **shares}
+        return shares if births is None else births.shares() | shares
 
     def _born(self) -> int:
         assert self._counters is not None
