@@ -107,6 +107,8 @@ class ProcessEvent(Event, frozen=True, kw_only=True, omit_defaults=True):
     argv: list[str] | None
     argv_truncated: bool
     parent: Parent | None
+    ns_pid: int | None = None
+    ancestors: list[Parent] | None = None
     # What and where: processes of one kind have all of this in common, so it is written out once for all of them.
     exe: str | None
     exe_deleted: bool | None
@@ -142,8 +144,6 @@ class ProcessEvent(Event, frozen=True, kw_only=True, omit_defaults=True):
     # How much of it is known, and how.
     missing: dict[str, str]
     inferred: list[str]
-    ns_pid: int | None = None
-    ancestors: list[Parent] | None = None
 
     def process(self) -> psutil.Process | None:
         """

@@ -38,9 +38,8 @@ def _part(name: str, first: str, last: str) -> type[Struct]:
     )
 
 
-_Who = _part("Who", "id", "parent")
 _Context = _part("Context", "exe", "audit_session")
-_Marks = _part("Marks", "missing", "ancestors")
+_Marks = _part("Marks", "missing", "inferred")
 _CLEAR = b',"missing":{},"inferred":[]'
 
 
@@ -63,39 +62,41 @@ class Lines:
         """
         Append one line.
         """
-        if isinstance(item, Draft):
+        if type(item) is Draft:
             try:
                 buffer += self._line(item)
             except UnicodeEncodeError:
                 encode_into(self._maker.event(item), buffer)
         else:
-            encode_into(item, buffer)
+            encode_into(self._maker.event(item), buffer)
 
     def _line(self, draft: Draft) -> bytes:
         ns = draft.time_ns - self._second_ns
         if not 0 <= ns < 1_000_000_000:
             ns = self._turn_second(draft.time_ns)
-        details = draft.details
-        context = details.line
-        if context is None or details.named != self._maker.names.generation:
-            context = self._context(details)
-        who = draft.who
-        marks = _CLEAR
-        if draft.missing or draft.inferred or who.ns_pid is not None or who.ancestors is not None:
-            marks = b"," + _encode(_Marks(draft.missing, draft.inferred, who.ns_pid, who.ancestors))[1:-1]
-        tail = draft.tail
-        return b"%b%09d%b%b,%b%b%b\n" % (
+        who, details, tail = draft.who, draft.details, draft.tail
+        body = who.line
+        if body is None or who.told is not details or details.named != self._maker.names.generation:
+            body = self._body(who, details)
+        known = _CLEAR
+        if draft.missing or draft.inferred:
+            known = b"," + _encode(_Marks(draft.missing, draft.inferred))[1:-1]
+        return b"%b%09d%b%b%b%b\n" % (
             self._heads.get(draft.kind) or self._head(draft.kind),
             ns,
             self._host,
-            who.line or self._who(who),
-            context,
-            marks,
+            body,
+            known,
             b"}" if tail is None else b"," + _encode(tail)[1:],
         )
 
-    def _who(self, who: Who) -> bytes:
-        who.line = _encode(_Who(who.id, who.pid, who.ppid, who.argv, who.argv_truncated, who.parent))[1:-1]
+    def _body(self, who: Who, details: Details) -> bytes:
+        context = details.line
+        if context is None or details.named != self._maker.names.generation:
+            context = self._context(details)
+        who.line = who.told = None  # these are no fields of the line
+        who.line = _encode(who)[1:-1] + context
+        who.told = details
         return who.line
 
     def _context(self, d: Details) -> bytes:
@@ -106,7 +107,7 @@ class Lines:
             d.exe_dev, d.exe_inode, d.exe_size, d.exe_memfd, d.namespaces, d.auid, d.privileges,
             d.exe_owner, d.exe_mode, d.exe_capabilities, d.exe_upper, hash_of(d), d.ns_uid, d.audit_session,
         )  # fmt: skip
-        d.line = _encode(context)[1:-1]
+        d.line = b"," + _encode(context)[1:-1]
         # A hash that is being computed will make it another line.
         d.named = self._maker.names.generation if d.hash is None or d.hash.done else 0
         return d.line
@@ -149,18 +150,21 @@ def _encode_raw(event: Event) -> bytes:
     """
     For an event with bytes that are not UTF-8: U+FFFD in their place, and the exact bytes in `raw`.
     """
-    fields: dict[str, Any] = _replaced(msgspec.to_builtins(event))
+    fields: dict[str, Any] = replaced(msgspec.to_builtins(event))
     fields["raw"] = raw_of(event)
     return _encode(fields)
 
 
-def _replaced(value: Any) -> Any:
+def replaced(value: Any) -> Any:
+    """
+    A value, of strings in lists and dicts, with U+FFFD for each byte that is not UTF-8.
+    """
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if isinstance(value, list):
-        return [_replaced(item) for item in value]
+        return [replaced(item) for item in value]
     if isinstance(value, dict):
-        return {_replaced(key): _replaced(item) for key, item in value.items()}
+        return {replaced(key): replaced(item) for key, item in value.items()}
     return value
 
 

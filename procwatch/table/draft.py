@@ -18,7 +18,7 @@ from procwatch.events import Container, Event, Parent, ProcessEvent
 from procwatch.facts import Details
 
 
-class Who(Struct, gc=False):
+class Who(Struct, gc=False, omit_defaults=True):
     """
     What is a process's own, from one exec to the next. Not changed once it is made, but for `line`.
     """
@@ -31,7 +31,8 @@ class Who(Struct, gc=False):
     parent: Parent | None
     ns_pid: int | None = None
     ancestors: list[Parent] | None = None
-    line: bytes | None = None  # formats': this, as it stands in a line of output
+    line: bytes | None = None  # formats': this and `told`, as they stand in a line of output
+    told: Details | None = None  # formats': the details in `line`
 
 
 class Forked(Struct, frozen=True, omit_defaults=True):

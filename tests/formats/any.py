@@ -11,14 +11,12 @@ from procwatch.clock import Clock
 from procwatch.events import Parent
 from procwatch.facts import EXITED, PERMISSION, Details
 from procwatch.table.draft import FORKED, Draft, End, Failed, Maker, Who
-from procwatch.table.process import Process
 
 # The kernel's strings: any bytes but NUL, decoded as the decoders do.
 text = (st.binary(max_size=24) | st.text(max_size=12).map(lambda s: s.encode("utf-8", "surrogateescape"))).map(
     lambda data: data.replace(b"\0", b"").decode("utf-8", "surrogateescape")
 )
 number = st.integers(0, 2**31 - 1)
-SOMEBODY = Process(7, 9, "0123abcd-7-9", None, Details())
 maybe_text = st.none() | text
 maybe_number = st.none() | number
 
@@ -72,7 +70,7 @@ missing = st.dictionaries(st.sampled_from(["exe", "argv", "id"]), st.sampled_fro
 inferred = st.lists(st.sampled_from(["uid", "id"]), unique=True)
 drafts = st.builds(
     lambda tail, time_ns, who, known, missing, inferred: Draft(
-        tail[0], time_ns, SOMEBODY, who, known, missing, inferred, tail[1]
+        tail[0], time_ns, who, known, missing, inferred, tail[1]
     ),
     tails,
     st.integers(0, 2**61),

@@ -16,7 +16,7 @@ from procwatch.events import Event, Parent
 from procwatch.facts import EXITED, KERNEL_THREAD, Details
 from procwatch.formats.console import Console, command, lived
 from procwatch.table.draft import Draft, End, Maker, Who
-from tests.formats.any import SOMEBODY, any_event
+from tests.formats.any import any_event
 from tests.formats.test_text import harmless
 
 COLOUR = re.compile("\x1b\\[[0-9;]*m")
@@ -31,7 +31,7 @@ def event(kind: Any = events.Exec, tail: Any = None, **fields: Any) -> Any:
     who = Who(
         "0123abcd-7-9", 7, 1, fields.pop("argv", None), fields.pop("argv_truncated", False), fields.pop("parent", None)
     )
-    draft = Draft(kind, 5, SOMEBODY, who, Details(**fields), missing, [], tail)
+    draft = Draft(kind, 5, who, Details(**fields), missing, [], tail)
     return Maker("host", Clock(offset_ns=0)).event(draft)
 
 

@@ -17,7 +17,7 @@ from procwatch.events import Event
 from procwatch.facts import Details
 from procwatch.formats import native
 from procwatch.table.draft import Draft, Maker, Who
-from tests.formats.any import SOMEBODY, any_event, drafts, maker
+from tests.formats.any import any_event, drafts, maker
 
 VALIDATOR = jsonschema.Draft202012Validator(native.schema())
 
@@ -39,9 +39,7 @@ def example(**fields: Any) -> Event:
     """
     who = Who("0123abcd-7-9", 7, 1, fields.pop("argv", None), False, fields.pop("parent", None))
     who.ancestors = fields.pop("ancestors", None)
-    return Maker("host", Clock(offset_ns=0)).event(
-        Draft(events.Exec, 5, SOMEBODY, who, Details(**fields), {}, [], None)
-    )
+    return Maker("host", Clock(offset_ns=0)).event(Draft(events.Exec, 5, who, Details(**fields), {}, [], None))
 
 
 @given(any_event)
