@@ -4,11 +4,14 @@ Any event that there can be, for tests that hold whatever a process may call its
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
+from msgspec import Struct
 
 from procwatch import events
 from procwatch.clock import Clock
-from procwatch.events import Parent
+from procwatch.events import Parent, ProcessEvent
 from procwatch.facts import EXITED, PERMISSION, Details
 from procwatch.table.draft import FORKED, Draft, End, Failed, Maker, Who
 
@@ -68,17 +71,19 @@ tails = st.one_of(
 )
 missing = st.dictionaries(st.sampled_from(["exe", "argv", "id"]), st.sampled_from([EXITED, PERMISSION]))
 inferred = st.lists(st.sampled_from(["uid", "id"]), unique=True)
-drafts = st.builds(
-    lambda tail, time_ns, who, known, missing, inferred: Draft(
-        tail[0], time_ns, who, known, missing, inferred, tail[1]
-    ),
-    tails,
-    st.integers(0, 2**61),
-    whos,
-    details,
-    missing,
-    inferred,
-)
+
+
+def draft(
+    tail: tuple[type[ProcessEvent], Struct | None], time_ns: int, who: Who, known: Details, **marks: Any
+) -> Draft:
+    """
+    A draft, whatever the order of its arguments.
+    """
+    marks = {"missing": {}, "inferred": [], **marks}
+    return Draft(kind=what[0], time_ns=time_ns, who=who, details=known, tail=what[1], **marks)
+
+
+drafts = st.builds(draft, tails, st.integers(0, 2**61), whos, details, missing=missing, inferred=inferred)
 maker = Maker("host", Clock(offset_ns=1_700_000_000_123_456_789))
 process_events = drafts.map(maker.event)
 losts = st.builds(

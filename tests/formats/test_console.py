@@ -15,8 +15,8 @@ from procwatch.clock import Clock
 from procwatch.events import Event, Parent
 from procwatch.facts import EXITED, KERNEL_THREAD, Details
 from procwatch.formats.console import Console, command, lived
-from procwatch.table.draft import Draft, End, Maker, Who
-from tests.formats.any import any_event
+from procwatch.table.draft import End, Maker, Who
+from tests.formats.any import any_event, draft
 from tests.formats.test_text import harmless
 
 COLOUR = re.compile("\x1b\\[[0-9;]*m")
@@ -31,8 +31,7 @@ def event(kind: Any = events.Exec, tail: Any = None, **fields: Any) -> Any:
     who = Who(
         "0123abcd-7-9", 7, 1, fields.pop("argv", None), fields.pop("argv_truncated", False), fields.pop("parent", None)
     )
-    draft = Draft(kind, 5, who, Details(**fields), missing, [], tail)
-    return Maker("host", Clock(offset_ns=0)).event(draft)
+    return Maker("host", Clock(offset_ns=0)).event(draft((kind, tail), 5, who, Details(**fields), missing=missing))
 
 
 def ended(code: int | None, signal: int | None = None, core: bool = False, ns: int | None = 1_500_000) -> Any:

@@ -104,15 +104,15 @@ def test_fields_of_the_kind_are_there_though_null_and_extras_are_not():
 
 @given(drafts)
 @settings(max_examples=300)
-def test_the_line_of_a_draft_is_the_line_of_its_event(draft: Draft):
+def test_the_line_of_a_draft_is_the_line_of_its_event(item: Draft):
     """
     To the byte, also when the parts that processes have in common were written before.
     """
     lines = native.Lines(maker)
     buffer = bytearray()
-    lines.encode_into(draft, buffer)
-    lines.encode_into(draft, buffer)
-    assert bytes(buffer) == 2 * native.encode(maker.event(draft))
+    lines.encode_into(item, buffer)
+    lines.encode_into(item, buffer)
+    assert bytes(buffer) == 2 * native.encode(maker.event(item))
 
 
 @given(any_event, any_event)

@@ -1,0 +1,218 @@
+"""
+The stream sink: whole lines into files and pipes, whoever reads them, and never a blocked loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from procwatch import events
+from procwatch.clock import Clock
+from procwatch.events import Event
+from procwatch.formats import native
+from procwatch.sinks import stream
+from procwatch.sinks.stream import StreamSink
+from procwatch.table.draft import Draft, Maker
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+TIME = "2026-01-02T03:04:05.678900000Z"
+
+
+def lost(count: int) -> Event:
+    """
+    An event that is easy to tell from others.
+    """
+    return events.Lost(time=TIME, host="h" * 500, count=count, exact=True, where="test", since=None, until=None)
+
+
+def encode(item: Event | Draft, buffer: bytearray) -> None:
+    assert isinstance(item, Event)
+    native.encode_into(item, buffer)
+
+
+class Closed(list[Any]):
+    """
+    What the sink said of its descriptor.
+    """
+
+
+def sink(fd: int, said: Closed, latency_s: float = 0) -> StreamSink:
+    return StreamSink(
+        fd,
+        encode,
+        Maker("h", Clock()),
+        latency_s=latency_s,
+        on_closed=lambda: said.append("closed"),
+        on_error=said.append,
+    )
+
+
+@pytest.fixture
+def pipe() -> Iterator[list[int]]:
+    """
+    A pipe of one page: [reader, writer]; closed at the end, those that are left in it.
+    """
+    ends = list(os.pipe())
+    fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 4096)
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def read_all(fd: int, found: list[Any]) -> None:
+    """
+    Read lines until the other end is closed.
+    """
+    with open(fd, "rb", closefd=False) as lines:
+        for line in lines:
+            found.append(json.loads(line))
+
+
+async def test_a_quiet_line_is_written_at_once(pipe: list[int]):
+    """
+    Before the next turn of the loop.
+    """
+    sink(pipe[1], Closed(), latency_s=60)([lost(1)])
+    assert json.loads(os.read(pipe[0], 4096))["count"] == 1
+
+
+async def test_under_load_lines_gather(pipe: list[int]):
+    """
+    The second one waits for the latency, and comes with what came until then.
+    """
+    writer = sink(pipe[1], Closed(), latency_s=0.05)
+    writer([lost(1)])
+    writer([lost(2)])
+    writer([lost(3)])
+    assert os.read(pipe[0], 4096).count(b"\n") == 1
+    readable = asyncio.Event()
+    asyncio.get_running_loop().add_reader(pipe[0], readable.set)
+    await readable.wait()
+    asyncio.get_running_loop().remove_reader(pipe[0])
+    assert os.read(pipe[0], 4096).count(b"\n") == 2
+
+
+async def test_a_full_pipe_does_not_block_and_loses_nothing(pipe: list[int]):
+    """
+    A thousand lines into a page, with a reader that comes later.
+    """
+    writer = sink(pipe[1], Closed())
+    for number in range(1000):
+        writer([lost(number)])
+    found: list[Any] = []
+    reader = threading.Thread(target=read_all, args=(pipe[0], found))
+    reader.start()
+    while writer._buffer:
+        await asyncio.sleep(0)
+    writer.finish()
+    os.close(pipe.pop())
+    await asyncio.to_thread(reader.join)
+    assert [line["count"] for line in found] == list(range(1000))
+
+
+async def test_the_end_waits_for_the_reader(pipe: list[int]):
+    """
+    finish() writes all that is left.
+    """
+    writer = sink(pipe[1], Closed())
+    for number in range(100):
+        writer([lost(number)])
+    found: list[Any] = []
+    reader = threading.Thread(target=read_all, args=(pipe[0], found))
+    reader.start()
+    writer.finish()
+    os.close(pipe.pop())
+    reader.join()
+    assert [line["count"] for line in found] == list(range(100))
+
+
+async def test_beyond_the_bound_events_are_dropped_and_told(pipe: list[int], monkeypatch: pytest.MonkeyPatch):
+    """
+    What was dropped is counted where it would have been, and `stop` comes in any case.
+    """
+    monkeypatch.setattr(stream, "MAX_PENDING", 8192)
+    writer = sink(pipe[1], Closed())
+    for number in range(100, 200):
+        writer([lost(number)])
+    writer(
+        [events.Stop(time=TIME, host="h", counts={}, lost=0, duration_ns=1, cpu_ns=1, max_rss_bytes=1)],
+    )
+    lines: list[Any] = []
+    reader = threading.Thread(target=read_all, args=(pipe[0], lines))
+    reader.start()
+    writer.finish()
+    os.close(pipe.pop())
+    reader.join()
+    shown = [line["count"] for line in lines if line.get("where") == "test"]
+    (told,) = [line for line in lines if line.get("where") == "sink"]
+    assert shown == list(range(100, 100 + len(shown)))
+    assert told["count"] + len(shown) == 100
+    assert told["exact"] is True
+    assert writer.lost == told["count"]
+    assert [line["event"] for line in lines[-2:]] == ["lost", "stop"]
+
+
+async def test_a_loss_at_the_very_end_is_told(pipe: list[int], monkeypatch: pytest.MonkeyPatch):
+    """
+    Also when no event comes after it.
+    """
+    monkeypatch.setattr(stream, "MAX_PENDING", 0)
+    writer = sink(pipe[1], Closed())
+    writer([lost(n) for n in range(20)])
+    lines: list[Any] = []
+    reader = threading.Thread(target=read_all, args=(pipe[0], lines))
+    reader.start()
+    writer.finish()
+    os.close(pipe.pop())
+    reader.join()
+    assert (lines[-1]["where"], lines[-1]["count"]) == ("sink", 19)
+
+
+async def test_a_reader_that_went_away_is_told_once(pipe: list[int]):
+    """
+    EPIPE is no error: the reader has seen enough.
+    """
+    os.close(pipe.pop(0))
+    said = Closed()
+    writer = sink(pipe[0], said)
+    for _ in range(3):
+        writer([lost(1)])
+    writer.finish()
+    assert said == ["closed"]
+
+
+async def test_a_full_disk_is_told_once():
+    """
+    With the error that the kernel gave.
+    """
+    fd = os.open("/dev/full", os.O_WRONLY)
+    said = Closed()
+    try:
+        writer = sink(fd, said)
+        writer([lost(1)])
+        writer([lost(2)])
+        writer.finish()
+    finally:
+        os.close(fd)
+    assert [error.errno for error in said] == [errno.ENOSPC]
+
+
+async def test_a_file_gets_whole_lines_in_one_write(tmp_path: Path):
+    """
+    A batch that is larger than any buffer.
+    """
+    with open(tmp_path / "lines", "wb") as file:
+        writer = sink(file.fileno(), Closed())
+        writer([lost(number) for number in range(3000)])
+        writer.finish()
+    assert [json.loads(line)["count"] for line in (tmp_path / "lines").read_bytes().splitlines()] == list(range(3000))
