@@ -130,8 +130,9 @@ def check(event: Event) -> None:
         if kind == "object":
             assert all(isinstance(item, str) for item in value.values())
             continue
-        for item in value if isinstance(value, list) else [value]:
-            assert type(item) is PYTHON[kind], name
+        items: list[Any] = value if isinstance(value, list) else [value]
+        for item in items:
+            assert type(item) is PYTHON.get(kind, str), name
             if kind == "date":
                 datetime.fromisoformat(item[:26])
     about = fields["event"]
