@@ -72,10 +72,10 @@ tails = st.one_of(
 missing = st.dictionaries(st.sampled_from(["exe", "argv", "id"]), st.sampled_from([EXITED, PERMISSION]))
 inferred = st.lists(st.sampled_from(["uid", "id"]), unique=True)
 
+Kind = tuple[type[ProcessEvent], Struct | None]
 
-def draft(
-    tail: tuple[type[ProcessEvent], Struct | None], time_ns: int, who: Who, known: Details, **marks: Any
-) -> Draft:
+
+def draft(what: Kind, time_ns: int, who: Who, known: Details, **marks: Any) -> Draft:
     """
     A draft, whatever the order of its arguments.
     """
