@@ -184,7 +184,7 @@ class Running(ProcessEvent, frozen=True, kw_only=True, tag="running", omit_defau
     """
 
     event: ClassVar[Literal["running"]] = "running"
-    via: str | None = None  # "snapshot" or "resync"
+    via: str | None = None  # "snapshot", "resync" or "restart"
 
 
 class Exit(ProcessEvent, frozen=True, kw_only=True, tag="exit", omit_defaults=True):

@@ -30,6 +30,7 @@ from procwatch.policy.filter import Predicate
 from procwatch.sources import procfs
 from procwatch.sources.base import Source, SourceStats
 from procwatch.table.draft import Draft, Maker
+from procwatch.table.process import Process
 from procwatch.table.table import HOLD_NS, Table
 
 _UNLIMITED = (Ready, Lost, Stop)
@@ -168,12 +169,16 @@ class Pipeline:
         self._resyncs = bool(sources) and sources[0].name != "scan"  # which looks through /proc all the time
         self._read_until_ns = NEVER_NS
 
-    def start(self, *, initial: bool = False) -> list[Event | Draft]:
+    def start(self, *, initial: bool = False, before: Collection[Process] = ()) -> list[Event | Draft]:
         """
         `ready`, then what is alive if `initial`; the sources are open already, so nothing falls between.
+
+        Args:
+            initial: Tell of all that is alive.
+            before: Who was known in an earlier run of the same boot.
         """
         self.table.emit(self.ready)
-        self.table.snapshot(procfs.snapshot(), self.started_ns, tell=initial)
+        self.table.snapshot(procfs.snapshot(), self.started_ns, tell=initial, before=before)
         if self._under_pid is not None:
             root = self.table.processes.get(self._under_pid)
             if root is None:
@@ -260,6 +265,12 @@ class Pipeline:
         )
         return last
 
+    def choose(self, keep: Predicate | None, name_wait_ns: int) -> None:
+        """
+        From now on show what `keep` keeps, and wait so long for names.
+        """
+        self._keep, self._name_wait_ns = keep, name_wait_ns
+
     def announce(self, containers: list[tuple[Container, str]]) -> list[Event | Draft]:
         """
         `container` events for containers whose names have become known, each with its cgroup.
@@ -289,13 +300,6 @@ class Pipeline:
     def _coverage(self) -> dict[str, float]:
         lead = self.sources[0] if self.sources else None
         return lead.coverage() if isinstance(lead, Counting) else {}
-
-    def close(self) -> None:
-        """
-        Close all sources.
-        """
-        for source in self.sources:
-            source.close()
 
     def _read_lead(self) -> list[Fact]:
         lead = self.sources[0]
@@ -352,7 +356,7 @@ class Pipeline:
             for draft in drafts:
                 if isinstance(draft, Draft) and not draft.details.inspected:
                     self._inspector.inspect(draft.who.pid, draft.details)
-        if self._name_wait_ns or self._hash_wait_ns:
+        if self._name_wait_ns or self._hash_wait_ns or self._held:
             drafts = self._release(drafts, now_ns)
         if self._keep is not None or self._under is not None:
             drafts = [shown for draft in drafts if (shown := self._wanted(draft)) is not None]

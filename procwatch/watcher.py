@@ -23,6 +23,7 @@ from procwatch.pipeline import Pipeline, Stats
 from procwatch.policy.filter import Predicate
 from procwatch.sources import select
 from procwatch.sources.base import Source
+from procwatch.state import State, save
 from procwatch.table.draft import Draft, Maker
 from procwatch.table.process import Process
 
@@ -218,6 +219,8 @@ class Watcher:
         self.maker = Maker(socket.gethostname(), Clock())  # makes events of the drafts that sinks get
         self._enricher: Enricher | None = None
         self._inspector: Inspector | None = None
+        self._selection: select.Selection | None = None
+        self._opened_ns = 0
         self._pipeline: Pipeline | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fds: dict[int, Source] = {}
@@ -243,21 +246,41 @@ class Watcher:
     ) -> None:
         self.close()
 
-    def start(self) -> None:
+    def open(self) -> list[str]:
         """
-        Open the sources and begin; `ready` is set then. Called by `async with`.
+        Open the sources only, so that privileges can be dropped before `start`; the kernel gathers meanwhile.
+
+        Returns:
+            Their names.
+        """
+        if self._selection is not None:
+            raise ProcwatchError("a watcher can be started only once: make another")
+        self._opened_ns = self.maker.clock.now_ns()
+        self._selection = self._select()
+        return [source.name for source in self._selection.sources]
+
+    def start(self, state: State | None = None) -> None:
+        """
+        Open the sources, if `open` did not, and begin; `ready` is set then. Called by `async with`.
+
+        Args:
+            state: What an earlier run of the same boot knew, see procwatch.state.
         """
         if self._pipeline is not None:
             raise ProcwatchError("a watcher can be started only once: make another")
         self._loop = asyncio.get_running_loop()
-        started_ns = self.maker.clock.now_ns()
-        selection = self._select()
+        if self._selection is None:
+            self.open()
+        assert self._selection is not None
+        selection, started_ns = self._selection, self._opened_ns
         if self._hash is not None or self._file_facts:
             self._inspector = Inspector(
                 files=self._file_facts, hashes=self._hash is not None, on_ready=self._wake_for_names
             )
         self._enricher = Enricher(on_ready=self._wake_for_names)
         self.maker.names = self._enricher
+        if state is not None:
+            self._enricher.recall(state.containers)
         try:
             self._pipeline = Pipeline(
                 selection.backend,
@@ -276,7 +299,8 @@ class Watcher:
                 inspector=self._inspector,
             )
             self._default = None if self._sinks or self._draft_sinks else self.subscribe()
-            self._give(self._pipeline.start(initial=self._initial))
+            before = state.processes if state is not None else ()
+            self._give(self._pipeline.start(initial=self._initial, before=before))
         except BaseException:
             for source in selection.sources:
                 source.close()
@@ -339,8 +363,9 @@ class Watcher:
             self._enricher.close()
         if self._inspector is not None:
             self._inspector.close()
-        if self._pipeline is not None:
-            self._pipeline.close()
+        if self._selection is not None:
+            for source in self._selection.sources:
+                source.close()
         for subscription in self._subscriptions:
             subscription.close()
         for call in self._on_end:
@@ -481,6 +506,27 @@ class Watcher:
         Counters since the start.
         """
         return self._started().stats()
+
+    def names(self) -> dict[str, int]:
+        """
+        Sizes of what is known of containers, and lookups that were refused.
+        """
+        return self._enricher.stats() if self._enricher is not None else {}
+
+    def choose(self, keep: Predicate | None, container_wait_ms: float) -> None:
+        """
+        From now on show other events than those that `keep` and `container_wait_ms` chose at the start.
+        """
+        self._started().choose(keep, int(container_wait_ms * 1_000_000))
+
+    def save(self, path: str) -> None:
+        """
+        Keep the table for a later run, see procwatch.state; after `stop`.
+
+        Raises:
+            StateError: It cannot be written.
+        """
+        save(path, self.processes.values(), self._enricher)
 
     def subscribe(self, queue: int | None = None) -> Subscription:
         """

@@ -12,6 +12,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from procwatch.enrich import containers
 from procwatch.enrich.containers import ContainerRef, Place
 from procwatch.enrich.names import LABELS, Names, may_be_claimed, unnamed
@@ -27,6 +29,17 @@ _NOWHERE: Placed = (None, None, None)
 # or much later where the runtime's disk is slow. An event may be held only for the first ones.
 RETRIES: tuple[float, ...] = (0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
 _HELD = 3
+
+
+class Remembered(Struct, frozen=True, array_like=True):
+    """
+    What is kept of a container over a restart: the names that one of its cgroups had.
+    """
+
+    cgroup: str
+    key: str  # the container's own cgroup
+    identity: int  # the inode of that
+    container: Container
 
 
 class _Answer(NamedTuple):
@@ -140,6 +153,29 @@ class Enricher:
         if self._known and not self._sweeping:
             self._sweep_later()
         return found
+
+    def remember(self) -> list[Remembered]:
+        """
+        The containers that have names, for `recall` after a restart.
+        """
+        return [
+            Remembered(cgroup, key, known.identity, known.container)
+            for key, known in self._known.items()
+            if known.named and known.identity is not None
+            for cgroup in known.cgroups
+        ]
+
+    def recall(self, remembered: list[Remembered]) -> None:
+        """
+        Go on with the names of containers that are still there; disks need not be asked again.
+        """
+        for one in remembered:
+            if self._names.identity(one.key) != one.identity or one.cgroup in self._places:
+                continue
+            known = self._known.setdefault(one.key, _Known(one.container, True, one.identity, set()))
+            place = containers.parse(one.cgroup)
+            self._places[one.cgroup] = (one.container, place.unit, place.unit_user)
+            self._join(one.cgroup, one.key, known)
 
     def stats(self) -> dict[str, int]:
         """

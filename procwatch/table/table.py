@@ -50,6 +50,7 @@ from procwatch.table.identity import NS_PER_TICK, process_id, ticks
 from procwatch.table.joins import Joins, named
 from procwatch.table.opens import Ran
 from procwatch.table.process import AT_EXEC, AT_FORK, Process, as_inferred, changed, inherit
+from procwatch.table.resume import go_on
 
 KTHREADD = 2
 HOLD_NS = 100_000_000
@@ -58,7 +59,7 @@ MAX_HELD_EVENTS = 65_536
 MAX_ACCOUNTS = 16_384
 _UNREAD = {"exe": EXITED, "exe_deleted": EXITED, "argv": EXITED, "comm": EXITED, "file": EXITED}
 _NO_USAGE = Usage()
-_SNAPSHOT, _RESYNC = Via("snapshot"), Via("resync")
+_SNAPSHOT, _RESYNC, _RESTART = Via("snapshot"), Via("resync"), Via("restart")
 _NOBODY = Details(missing=dict.fromkeys(AT_FORK, LOST))
 
 
@@ -217,20 +218,51 @@ class Table:
         """
         self._out.append(event)
 
-    def snapshot(self, alive: Iterable[Alive], started_ns: int, *, tell: bool) -> None:
+    def snapshot(
+        self, alive: Iterable[Alive], started_ns: int, *, tell: bool, before: Collection[Process] = ()
+    ) -> None:
         """
         Take the processes that live at the start; `tell` makes `running` events of them.
+
+        Those that were known `before`, in an earlier run of the same boot, go on; who is gone has `vanished`, and who
+        is new, or runs another program, is `running`.
         """
         facts = list(alive)
         # Who ended before it was looked for, and was not born since, was never there for us.
         self.started_ns = max([started_ns, *(fact.time_ns for fact in facts)])
-        for fact in facts:
+        moved = self._resume(before, facts, started_ns)
+        new = [fact for fact in facts if fact.pid not in self.processes]
+        for fact in new:
             self._adopt(fact)
-        for fact in facts:  # parents may have higher pids than their children
-            process = self.processes[fact.pid]
-            process.parent = self.processes.get(fact.details.ppid or 0)
-            if tell:
-                self._tell(events.Running, process, started_ns, _SNAPSHOT)
+        for fact in new:  # parents may have higher pids than their children
+            self.processes[fact.pid].parent = self.processes.get(fact.details.ppid or 0)
+        if tell:
+            for fact in facts:
+                self._tell(events.Running, self.processes[fact.pid], started_ns, _SNAPSHOT)
+        elif before:  # who was born since the sources are open is told of by them
+            found = [fact for fact in new if (fact.details.start_ticks or 0) < ticks(started_ns)]
+            for process in [*moved, *(self.processes[fact.pid] for fact in found)]:
+                if process.ppid != KTHREADD:
+                    self._tell(events.Running, process, started_ns, _RESTART)
+
+    def _resume(self, before: Collection[Process], alive: Collection[Alive], now_ns: int) -> list[Process]:
+        """
+        Take up processes of an earlier run; gives those that run another program now.
+        """
+        self.processes.update({process.pid: process for process in before})
+        seen = {fact.pid: fact for fact in alive}
+        moved = []
+        for process in before:
+            fact = seen.get(process.pid)
+            if fact is None or not _same(process, fact.details):
+                self._vanish(process, now_ns)
+                continue
+            if process.start_inferred and fact.details.start_ticks is not None:
+                self._set_start(process, fact.details.start_ticks)
+            self._look_at(process, fact)
+            if not go_on(process, fact.details):
+                moved.append(process)
+        return moved
 
     def resync(self, alive: Iterable[Alive], now_ns: int) -> None:
         """
@@ -496,10 +528,14 @@ class Table:
         """
         details = fact.details
         process = self._unknown(fact.pid, details.start_ticks, details)
-        process.seen_ns = fact.time_ns
-        process.others = max((details.threads or 1) - 1, 0)
+        self._look_at(process, fact)
         self.processes[fact.pid] = process
         return process
+
+    @staticmethod
+    def _look_at(process: Process, fact: Alive) -> None:
+        process.seen_ns = fact.time_ns
+        process.others = max((fact.details.threads or 1) - 1, 0)
 
     def _found(self, fact: Exec, details: Details) -> Process:
         """
@@ -629,7 +665,8 @@ class Table:
         self.processes.pop(process.pid, None)
         self._doubtful.pop(process.pid, None)
         process.ended = True
-        self._tell(events.Vanished, process, time_ns)
+        if process.ppid != KTHREADD:  # the kernel's workers come and go, and no source tells of them
+            self._tell(events.Vanished, process, time_ns)
 
     def _settle_doubts(self, now_ns: int) -> None:
         """
