@@ -619,6 +619,8 @@ def watch_sync(**arguments: object) -> Generator[AnyEvent, None, None]:
     While your code works between two events, nothing is read and the kernel's buffer fills: take events promptly, or
     give a larger `buffer`.
     """
+    if asyncio._get_running_loop() is not None:
+        raise ProcwatchError("watch_sync() would block the running event loop: use `async for` with watch()")
     with asyncio.Runner() as runner:
         watcher = Watcher(**arguments)  # type: ignore[arg-type]
 
