@@ -10,6 +10,7 @@ import sys
 import click
 
 from procwatch import __version__
+from procwatch.cli.doctor import doctor
 from procwatch.cli.ps import ps
 from procwatch.cli.watch import watch
 from procwatch.errors import ConfigError, ProcwatchError
@@ -26,6 +27,7 @@ def cli() -> None:
 
 cli.add_command(watch)
 cli.add_command(ps)
+cli.add_command(doctor)
 
 
 def main() -> None:

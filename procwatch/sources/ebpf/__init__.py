@@ -36,6 +36,7 @@ _RELEASE = (5, 17)  # relocation in the kernel, and bpf_loop()
 _MEMORY_AT_EXIT = (6, 16)  # since then the tracepoint comes before the process gives its memory back
 _BTF = "/sys/kernel/btf"
 _LOCKDOWN = "/sys/kernel/security/lockdown"
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # include/linux/proc_ns.h
 
 # System call numbers of execve and execveat, and where pt_regs has the number and the first two arguments when a call
 # returns: arch/x86/include/asm/ptrace.h, arch/arm64/include/asm/ptrace.h.
@@ -111,6 +112,10 @@ class Ebpf:
             return SourceUnavailable(self.name, reason, "boot without lockdown=confidentiality")
         if lacking := _lacking_capabilities():
             return SourceUnavailable(self.name, f"{' and '.join(lacking)} missing", "run as root or grant them")
+        if _pid_namespace() not in (_INITIAL_PID_NAMESPACE, 0):
+            reason = "it tells the host's pids, and /proc here has those of another pid namespace"
+            remedy = "run on the host itself, or give the container the host's pid namespace"
+            return SourceUnavailable(self.name, reason, remedy)
         try:
             os.close(loader.create_array(8))
         except loader.LoadError as error:
@@ -286,6 +291,13 @@ def _version(release: str) -> tuple[int, int]:
     """
     numbers = "".join(char if char.isdigit() else " " for char in release).split()
     return int(numbers[0]), int(numbers[1])
+
+
+def _pid_namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # no /proc: the start of the watcher says so
+        return 0
 
 
 def _text(path: str) -> str:
