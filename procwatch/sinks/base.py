@@ -15,6 +15,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from operator import attrgetter
 from typing import ClassVar, Protocol
 
 from msgspec import Struct
@@ -22,6 +23,7 @@ from msgspec import Struct
 from procwatch.clock import Clock
 from procwatch.errors import ConfigError
 from procwatch.events import Event, Lost, ProcessEvent
+from procwatch.latency import Latency
 from procwatch.policy.filter import Predicate
 from procwatch.table.draft import Draft, Maker
 
@@ -182,6 +184,7 @@ class QueueSink(ABC):
         self._written = 0
         self._failures = 0
         self._error = ""
+        self.latency = Latency()  # from the kernel's stamp until it was written
         self._refused_gap = Gap()
         self._failed_gap = Gap()
         self._ready = threading.Event()
@@ -346,6 +349,9 @@ class QueueSink(ABC):
             self._failed_gap.clear()
         written = max(written - len(told), 0)
         self._written += written
+        if written:
+            now_ns = Clock.now_ns() + self._maker.clock.offset_ns
+            self.latency.add(records[:written], now_ns, attrgetter("time_ns"))
         self._drop(records[written:])
         self._settle(records)
 

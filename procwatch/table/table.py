@@ -240,7 +240,7 @@ class Table:
             for fact in facts:
                 self._tell(events.Running, self.processes[fact.pid], started_ns, _SNAPSHOT)
         elif before:  # who was born since the sources are open is told of by them
-            found = [fact for fact in new if (fact.details.start_ticks or 0) < ticks(started_ns)]
+            found = [fact for fact in new if (fact.details.start_ticks or 0) <= ticks(started_ns)]
             for process in [*moved, *(self.processes[fact.pid] for fact in found)]:
                 if process.ppid != KTHREADD:
                     self._tell(events.Running, process, started_ns, _RESTART)
