@@ -130,7 +130,7 @@ async def test_several_watchers_on_the_real_host(backend: str):
             with subprocess.Popen(["sleep", "0.05", "0.03"]) as process:
                 await asyncio.to_thread(process.wait)
                 ended = [
-                    await collector.wait(lambda e: getattr(e, "duration_ns", 0) and getattr(e, "pid", 0) == process.pid)
+                    await collector.wait(lambda e: e.event == "exit" and getattr(e, "pid", 0) == process.pid)
                     for collector in collectors
                 ]
     except SourceUnavailable as error:
