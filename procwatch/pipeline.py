@@ -367,7 +367,10 @@ class Pipeline:
         Hold back, in order, what is still being looked up: the names of a container, a hash.
         """
         held = self._held
-        held.extend((now_ns, draft) for draft in drafts)
+        for draft in drafts:
+            held.append((now_ns, draft))
+            if isinstance(draft, Draft):  # all lookups begin now, not when their turn comes
+                self.maker.names.place(draft.details.cgroup)
         ready = []
         while held:
             since_ns, draft = held[0]
@@ -379,10 +382,8 @@ class Pipeline:
 
     def _incomplete(self, draft: Draft, waited_ns: int) -> bool:
         details, names = draft.details, self.maker.names
-        if waited_ns < self._name_wait_ns:
-            names.place(details.cgroup)  # the lookup begins when somebody asks
-            if names.pending(details.cgroup):
-                return True
+        if waited_ns < self._name_wait_ns and names.pending(details.cgroup):
+            return True
         return waited_ns < self._hash_wait_ns and self._inspector is not None and self._inspector.pending(details)
 
     def _wanted(self, draft: Event | Draft) -> Event | Draft | None:

@@ -17,6 +17,7 @@ from procwatch import options
 from procwatch.clock import Clock
 from procwatch.enrich.enricher import Enricher
 from procwatch.enrich.inspector import Inspector
+from procwatch.enrich.runtimes import Roots
 from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, Running, Stop, Vanished
 from procwatch.pipeline import Pipeline, Stats
@@ -142,6 +143,7 @@ class Watcher:
         keep: Show only the events of processes for which this callable is true, see procwatch.policy.filter.Filter.
         under: Show only the process with this pid and its descendants.
         container_wait_ms: How long events may wait for the names of a new container; 0: they go out with its id alone.
+        roots: Where container runtimes keep their files, see procwatch.enrich.runtimes.Roots; None: their defaults.
         hash: "sha256": the hash of each executable, from the file that ran, in a worker.
         hash_wait_ms: How long events may wait for it; later events of the same file have it at once.
         file_facts: Owner, mode and capabilities of each executable, and whether a container changed it.
@@ -177,6 +179,7 @@ class Watcher:
         keep: Predicate | None = None,
         under: int | None = None,
         container_wait_ms: float = 0,
+        roots: Roots | None = None,
         hash: str | None = None,  # noqa: A002
         hash_wait_ms: float = 0,
         file_facts: bool = False,
@@ -209,6 +212,7 @@ class Watcher:
         self._under = under
         self._name_wait_ns = int(container_wait_ms * 1_000_000)
         self._hash_wait_ns = int(hash_wait_ms * 1_000_000)
+        self._roots = roots
         self._hash = hash
         self._file_facts = file_facts
         self._options = select.Options(options.buffer_bytes(buffer), latency_ms / 1000, tuple(without), self._kinds)
@@ -277,7 +281,7 @@ class Watcher:
             self._inspector = Inspector(
                 files=self._file_facts, hashes=self._hash is not None, on_ready=self._wake_for_names
             )
-        self._enricher = Enricher(on_ready=self._wake_for_names)
+        self._enricher = Enricher(roots=self._roots, on_ready=self._wake_for_names)
         self.maker.names = self._enricher
         if state is not None:
             self._enricher.recall(state.containers)
