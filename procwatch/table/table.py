@@ -505,18 +505,20 @@ class Table:
             del self._accounts[next(iter(self._accounts))]
 
     def _on_lost(self, fact: Lost) -> None:
-        self.lost += fact.count
+        detail = _DETAILS.get(fact.where)
+        count, kinds = (fact.count, fact.kinds) if detail is None else (0, {detail: fact.count})
+        self.lost += count
         stamp = self.maker.clock.stamp
         self._out.append(
             events.Lost(
                 time=stamp(fact.time_ns),
                 host=self.maker.host,
-                count=fact.count,
+                count=count,
                 exact=fact.exact,
                 where=fact.where,
                 since=stamp(fact.since_ns) if fact.since_ns else None,
                 until=stamp(fact.until_ns) if fact.until_ns else None,
-                kinds=fact.kinds or None,
+                kinds=kinds or None,
             )
         )
 
@@ -755,6 +757,8 @@ def _same(process: Process, details: Details) -> bool:
     return process.start_inferred and abs(details.start_ticks - process.start_ticks) <= 1
 
 
+# Sources that only add to what others tell: what they lose is no event, but a field of one.
+_DETAILS = {"fanotify_queue": "open", "taskstats_socket": "account"}
 _ACCOUNTED = ("cpu_user_ns", "cpu_system_ns", "max_rss_bytes")
 _CHANGES: dict[str, type[ProcessEvent]] = {
     "comm": events.Comm,
