@@ -29,6 +29,7 @@ _NOWHERE: Placed = (None, None, None)
 # or much later where the runtime's disk is slow. An event may be held only for the first ones.
 RETRIES: tuple[float, ...] = (0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
 _HELD = 3
+_HELD_IN_CONTAINER = 5  # where the path says that there is one: its runtime may be slow, 12 s on a busy disk
 
 
 class Remembered(Struct, frozen=True, array_like=True):
@@ -268,11 +269,12 @@ class Enricher:
 
     def _look(self, cgroup: str, place: Place, tries: int) -> None:
         ref = self._names.find(cgroup, place)
+        held = _HELD if ref is None else _HELD_IN_CONTAINER
         container = self._names.lookup(ref) if ref else None
         identity = self._names.identity(ref.cgroup) if ref else None
         # Later tries are for containers that are still there.
         more = container is None and tries < (_HELD if identity is None else len(RETRIES))
-        self._answers.append(_Answer(cgroup, ref, container, identity, final=not more or tries >= _HELD))
+        self._answers.append(_Answer(cgroup, ref, container, identity, final=not more or tries >= held))
         if more:
             self._worker.submit(lambda: self._look(cgroup, place, tries + 1), RETRIES[tries])
         self._wake()
