@@ -97,6 +97,7 @@ class Pipeline:
         hold_ns: See Table.
         ancestors: See Table.
         limit: Show so many events of processes, then set `finished`.
+        strict: Set `finished` after the first `lost`.
         keep: Which events of processes to show; None: all.
         under: Show only the process with this pid and its descendants.
         name_wait_ns: How long events may wait for the names of their container.
@@ -117,6 +118,7 @@ class Pipeline:
         hold_ns: int = HOLD_NS,
         ancestors: int = 0,
         limit: int | None = None,
+        strict: bool = False,
         keep: Predicate | None = None,
         under: int | None = None,
         name_wait_ns: int = 0,
@@ -161,6 +163,7 @@ class Pipeline:
         self._kinds = frozenset(kinds)
         self.finished = False
         self._limit = limit
+        self._strict = strict
         self._counts: dict[str, int] = {}
         self._lost = 0
         self._proc_reads = self._proc_hits = 0
@@ -409,6 +412,8 @@ class Pipeline:
             if self._limit is not None and type(event) not in _UNLIMITED:
                 self._limit -= 1
                 self.finished = self._limit <= 0
+        if self._strict and "lost" in counts:
+            self.finished = True
         return events
 
 

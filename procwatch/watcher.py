@@ -139,6 +139,7 @@ class Watcher:
         without: Sources to leave out, such as "fanotify".
         ancestors: Put so many `ancestors` into each event.
         count: Stop after so many events of processes.
+        strict: Stop after the first `lost`.
         for_s: Stop after so many seconds.
         keep: Show only the events of processes for which this callable is true, see procwatch.policy.filter.Filter.
         under: Show only the process with this pid and its descendants.
@@ -175,6 +176,7 @@ class Watcher:
         without: Collection[str] = (),
         ancestors: int = 0,
         count: int | None = None,
+        strict: bool = False,
         for_s: float | None = None,
         keep: Predicate | None = None,
         under: int | None = None,
@@ -207,6 +209,7 @@ class Watcher:
         self._kinds = kinds | ({"running"} if initial else frozenset())
         self._initial = initial
         self._count = count
+        self._strict = strict
         self._for_s = for_s
         self._keep = keep
         self._under = under
@@ -296,6 +299,7 @@ class Watcher:
                 hold_ns=self._hold_ns,
                 ancestors=self._ancestors,
                 limit=self._count,
+                strict=self._strict,
                 keep=self._keep,
                 under=self._under,
                 name_wait_ns=self._name_wait_ns,

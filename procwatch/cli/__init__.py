@@ -32,7 +32,8 @@ cli.add_command(doctor)
 
 def main() -> None:
     """
-    Run the command line: exit code 0, 1 when it cannot work here, 2 when asked for something impossible.
+    Run the command line: exit code 0, 1 when it cannot work here, 2 when asked for something impossible, 3 when
+    something was lost and `--strict` forbids it.
     """
     try:
         code = cli.main(standalone_mode=False)

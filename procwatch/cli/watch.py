@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ from procwatch.watcher import Watcher
 
 NAMES_WAIT_MS = 1000
 TREE_DEPTH = 64
+LOST = 3  # exit code
 
 
 @click.command()
@@ -35,6 +37,7 @@ TREE_DEPTH = 64
 @click.option("--buffer", metavar="SIZE", help="Kernel buffer of each source, such as 1MiB.  [default: 64MiB netlink]")
 @click.option("--for", "for_s", type=float, metavar="SECONDS", help="Stop after so long.")
 @click.option("--count", type=int, metavar="N", help="Stop after N events of processes.")
+@click.option("--strict", is_flag=True, help="Stop at the first loss, with exit code 3.")
 @click.option(
     "--latency-ms", type=float, default=20, show_default=True, metavar="N", help="How long lines may gather under load."
 )
@@ -94,10 +97,16 @@ def watch(
         options["ancestors"] = max(options["ancestors"], TREE_DEPTH)
     watcher = Watcher(without=[name for name in without.split(",") if name], keep=keep or None, **options)
     with opened(output) as fd:
-        asyncio.run(_watch(watcher, fd, form, tree, options["latency_ms"] / 1000, logger))
+        complete = asyncio.run(_watch(watcher, fd, form, tree, options["latency_ms"] / 1000, logger))
+    if options["strict"] and not complete:
+        click.echo("procwatch: events were lost, and --strict was asked for; a larger --buffer may help", err=True)
+        sys.exit(LOST)
 
 
-async def _watch(watcher: Watcher, fd: int, form: str, tree: bool, latency_s: float, logger: Any) -> None:
+async def _watch(watcher: Watcher, fd: int, form: str, tree: bool, latency_s: float, logger: Any) -> bool:
+    """
+    Watch to the end; whether nothing was lost.
+    """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     failures: list[OSError] = []
@@ -123,6 +132,7 @@ async def _watch(watcher: Watcher, fd: int, form: str, tree: bool, latency_s: fl
     watcher.raise_failure()
     if failures:
         raise cannot_write(failures[0])
+    return not sink.lost and "lost" not in watcher.stats().events
 
 
 def _stop(watcher: Watcher, loop: asyncio.AbstractEventLoop) -> None:
