@@ -143,6 +143,7 @@ class Watcher:
         for_s: Stop after so many seconds.
         keep: Show only the events of processes for which this callable is true, see procwatch.policy.filter.Filter.
         under: Show only the process with this pid and its descendants.
+        hold: Make each exec of this host wait until it has been read: see docs/hold.md for what that costs and risks.
         container_wait_ms: How long events may wait for the names of a new container; 0: they go out with its id alone.
         roots: Where container runtimes keep their files, see procwatch.enrich.runtimes.Roots; None: their defaults.
         hash: "sha256": the hash of each executable, from the file that ran, in a worker.
@@ -180,6 +181,7 @@ class Watcher:
         for_s: float | None = None,
         keep: Predicate | None = None,
         under: int | None = None,
+        hold: bool = False,
         container_wait_ms: float = 0,
         roots: Roots | None = None,
         hash: str | None = None,  # noqa: A002
@@ -218,7 +220,9 @@ class Watcher:
         self._roots = roots
         self._hash = hash
         self._file_facts = file_facts
-        self._options = select.Options(options.buffer_bytes(buffer), latency_ms / 1000, tuple(without), self._kinds)
+        self._options = select.Options(
+            options.buffer_bytes(buffer), latency_ms / 1000, tuple(without), self._kinds, hold
+        )
         self._hold_ns = int(fork_hold_ms * 1_000_000)
         self._ancestors = ancestors
         self._queue = queue

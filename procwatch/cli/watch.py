@@ -51,6 +51,7 @@ LOST = 3  # exit code
 )
 @click.option("--without", default="", metavar="SOURCE,...", help=f"Leave sources out: {', '.join(OPTIONAL) or '-'}.")
 @click.option("--ancestors", type=int, default=0, show_default=True, metavar="N", help="Add up to N ancestors.")
+@click.option("--hold", is_flag=True, help="Make each exec wait until it has been read (netlink); see docs/hold.md.")
 @filter_options
 @click.option("--tree", is_flag=True, help="Console: indent each process below its parent.")
 @click.option(

@@ -26,6 +26,7 @@ class Options(Struct, frozen=True):
     latency_s: float = 0.02
     without: tuple[str, ...] = ()
     kinds: frozenset[str] = frozenset()
+    hold: bool = False  # make each exec wait until it has been read
 
 
 class Selection(Struct):
@@ -36,6 +37,7 @@ class Selection(Struct):
     backend: str
     sources: list[Source]
     skipped: list[Skipped]
+    failures: list[SourceUnavailable] = []  # the same, as errors: `__cause__` may know more
 
 
 Make = Callable[[Options], Source]
@@ -47,6 +49,10 @@ def _netlink(options: Options) -> Source:
 
 
 def _fanotify(options: Options) -> Source:
+    if options.hold:
+        from procwatch.sources.hold import Hold
+
+        return Hold()
     from procwatch.sources.fanotify import Fanotify
 
     return Fanotify()
@@ -79,6 +85,7 @@ LADDER: dict[str, Sequence[tuple[str, Make]]] = {
     "netlink": (("netlink", _netlink), ("fanotify", _fanotify), ("taskstats", _taskstats)),
     "scan": (("scan", _scan),),
 }
+HOLDING = "netlink"
 BACKENDS = ("auto", *LADDER)
 OPTIONAL = tuple(name for rung in LADDER.values() for name, _ in rung[1:])
 
@@ -95,34 +102,38 @@ def open_sources(backend: str, options: Options) -> Selection:
         raise ConfigError(f"no backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if unknown := set(options.without) - set(OPTIONAL):
         raise ConfigError(f"cannot do without {', '.join(sorted(unknown))}: only {', '.join(OPTIONAL)} can be left out")
-    skipped: list[Skipped] = []
-    failure: SourceUnavailable | None = None
-    for rung in LADDER if backend == "auto" else (backend,):
+    if options.hold and backend not in ("auto", HOLDING):
+        raise ConfigError(f"hold needs the backend {HOLDING}, not {backend}")
+    failures: list[SourceUnavailable] = []
+    for rung in (HOLDING,) if options.hold else LADDER if backend == "auto" else (backend,):
         try:
-            sources = _open_rung(rung, options, skipped)
+            sources = _open_rung(rung, options, failures)
         except SourceUnavailable as error:
-            skipped.append(Skipped(error.name, error.reason, error.remedy))
-            failure = error
+            failures.append(error)
         else:
-            return Selection(rung, sources, skipped)
-    assert failure is not None
-    raise failure
+            skipped = [Skipped(error.name, error.reason, error.remedy) for error in failures]
+            return Selection(rung, sources, skipped, failures)
+    raise failures[-1]
 
 
-def _open_rung(rung: str, options: Options, skipped: list[Skipped]) -> list[Source]:
+def _open_rung(rung: str, options: Options, failures: list[SourceUnavailable]) -> list[Source]:
     (_, make_lead), *others = LADDER[rung]
     lead = make_lead(options)
     lead.open()
     opened = [lead]
     for name, make in others:
         if name in options.without:
-            skipped.append(Skipped(name, "left out as asked", f"run without `--without {name}`"))
+            failures.append(SourceUnavailable(name, "left out as asked", f"run without `--without {name}`"))
             continue
         source = make(options)
         try:
             source.open()
         except SourceUnavailable as error:
-            skipped.append(Skipped(error.name, error.reason, error.remedy))
+            if options.hold and error.name == "hold":  # asked for by name
+                for other in opened:
+                    other.close()
+                raise
+            failures.append(error)
         else:
             opened.append(source)
     return opened

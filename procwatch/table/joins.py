@@ -106,6 +106,8 @@ class Joins:
         exe = ran.exe
         if exe is None:
             return details
+        if exe.held is not None:
+            details = _with_held(details, exe.held)
         if details.exe is not None:
             if not ran.certain or (details.exe_inode == exe.inode and details.exe_dev == exe.dev):
                 return details
@@ -140,4 +142,27 @@ def named(details: Details, exe: Opened, script: Opened | None, certain: bool, c
         inspected=False,
         missing={field: why for field, why in details.missing.items() if field not in known},
         inferred=details.inferred if certain else (*details.inferred, "exe"),
+    )
+
+
+_HELD = ("file", "argv", "cwd", "cgroup", "uid", "gid", "euid", "egid", "tty", "session")
+
+
+def _with_held(details: Details, held: Details) -> Details:
+    """
+    A copy of `details` with what was read while the kernel held the exec, where nothing better is known.
+    """
+    inferred = details.inferred
+    fields = {
+        name: value
+        for name in _HELD
+        if (value := getattr(held, name)) is not None and (getattr(details, name) is None or name in inferred)
+    }
+    return changed(
+        details,
+        argv_truncated=held.argv_truncated if "argv" in fields else details.argv_truncated,
+        ns_pid=held.ns_pid if details.ns_pid is None else details.ns_pid,
+        missing={name: why for name, why in details.missing.items() if name not in fields},
+        inferred=tuple(name for name in inferred if name not in fields),
+        **fields,
     )

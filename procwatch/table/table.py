@@ -349,6 +349,8 @@ class Table:
                 self._set_start(process, details.start_ticks)
             if fact.details is not None:
                 inherit(process.details, details, AT_EXEC, inferred=True)
+                if "ppid" in details.missing and process.ppid is not None:
+                    details.missing = {name: why for name, why in details.missing.items() if name != "ppid"}
         if ran:
             # The account of the end names the last program that ran.
             account = self._accounts.get(fact.pid) if len(ran) == 1 else None
