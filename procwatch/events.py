@@ -78,6 +78,7 @@ class Event(Struct, frozen=True, tag_field="event", omit_defaults=True):
     event: ClassVar[str] = ""
     time: str
     host: str
+    labels: dict[str, str] | None = None  # the same for every event, as the agent's configuration says
 
     @property
     def time_ns(self) -> int:

@@ -10,8 +10,11 @@ import sys
 import click
 
 from procwatch import __version__
+from procwatch.cli.agent import agent
+from procwatch.cli.config import config
 from procwatch.cli.doctor import doctor
 from procwatch.cli.ps import ps
+from procwatch.cli.tail import tail
 from procwatch.cli.watch import watch
 from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.formats.text import safe
@@ -28,6 +31,9 @@ def cli() -> None:
 cli.add_command(watch)
 cli.add_command(ps)
 cli.add_command(doctor)
+cli.add_command(agent)
+cli.add_command(config)
+cli.add_command(tail)
 
 
 def main() -> None:

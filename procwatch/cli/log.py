@@ -13,8 +13,10 @@ import structlog
 
 def configure(level: str, form: str) -> Any:
     """
-    A logger that writes lines of at least `level` in the form "console" or "json".
+    A logger that writes lines of at least `level` in the form "console", "json", or "auto": console on a terminal.
     """
+    if form == "auto":
+        form = "console" if sys.stderr.isatty() else "json"
     renderer: Any = (
         structlog.processors.JSONRenderer()
         if form == "json"

@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 PATH = "/etc/procwatch/procwatch.toml"
+# Names the file, for the command line.
+FILE_VARIABLE = "PROCWATCH_CONFIG"
 
 
 def read(path: str, environ: Mapping[str, str]) -> Config:
@@ -78,7 +80,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     Kubernetes sets PROCWATCH_PORT and more in each pod.
     """
     known = variables()
-    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known and name != FILE_VARIABLE)
 
 
 def _syntax(name: str, message: str) -> Problem:

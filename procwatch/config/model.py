@@ -52,7 +52,7 @@ class SinkTable(Struct, frozen=True, kw_only=True):
     filter: dict[str, list[str]] = {}
     options: dict[str, Any] = {}  # the rest: what the constructor of this type takes
 
-    def make(self, maker: Maker) -> sinks.Sink:
+    def make(self, maker: Maker) -> sinks.QueueSink:
         """
         The sink, not opened yet.
 

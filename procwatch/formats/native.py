@@ -56,7 +56,8 @@ class Lines:
         self._maker = maker
         self._second_ns = -1 << 62  # CLOCK_BOOTTIME at which the wall clock's second in `_heads` began
         self._heads: dict[type[ProcessEvent], bytes] = {}
-        self._host = b'Z","host":' + _encode(maker.host) + b","
+        labels = b"" if maker.labels is None else b'"labels":' + _encode(maker.labels) + b","
+        self._host = b'Z","host":' + _encode(maker.host) + b"," + labels
 
     def encode_into(self, item: Event | Draft, buffer: bytearray) -> None:
         """

@@ -195,19 +195,21 @@ class Maker:
         self.host = host
         self.clock = clock
         self.names = names or NoNames()
+        self.labels: dict[str, str] | None = None  # the user's, for every event
 
     def event(self, draft: Draft | Event) -> Event:
         """
-        The event that a draft stands for; an event is given back as it is.
+        The event that a draft stands for; an event is given back as it is, but for the labels.
         """
         if not isinstance(draft, Draft):
-            return draft
+            return draft if self.labels is None else structs.replace(draft, labels=self.labels)
         who, details = draft.who, draft.details
         container, unit, unit_user = self.names.place(details.cgroup)
         tail = {} if draft.tail is None else structs.asdict(draft.tail)
         return draft.kind(
             time=self.clock.stamp(draft.time_ns),
             host=self.host,
+            labels=self.labels,
             id=who.id,
             pid=who.pid,
             ppid=who.ppid,
