@@ -35,6 +35,8 @@ SO_RCVBUFFORCE = 33
 SO_MEMINFO = 55
 SK_MEMINFO_DROPS = 8
 ACK_TIMEOUT_S = 1.0
+# Of an acknowledgement before Linux 6.6. Later ones are numbered like events, and every listener gets them.
+NO_CPU = 0xFFFFFFFF
 # One read() hands over at most this many facts, so that a full 64 MiB buffer does not become one huge batch.
 BATCH = 8192
 # Inode numbers of the initial namespaces (include/linux/proc_ns.h).
@@ -224,8 +226,8 @@ class ProcConnector:
             self._undecoded += 1
             return
         for cpu, seq, time_ns, fact, ack in messages:
-            if ack is not None:  # of another listener; carries no number of a CPU
-                continue
+            if ack is not None and cpu == NO_CPU:
+                continue  # of another listener, on a kernel that does not number these
             expected = self._next_seq.get(cpu, seq)
             if seq != expected:
                 self._gap(cpu, (seq - expected) & 0xFFFFFFFF, time_ns, facts)
