@@ -311,8 +311,7 @@ class QueueSink(ABC):
                 self._turn()
                 if closing:
                     break
-                self._ready.wait(self._wait_s())
-                self._ready.clear()
+                self._sleep()
             if self._failed_gap.count:  # the last chance to tell
                 self._deliver([])
         finally:
@@ -394,11 +393,12 @@ class QueueSink(ABC):
             How many of them were written, from the first one on. The others, and all when it raises, are dropped.
         """
 
-    def _wait_s(self) -> float | None:
+    def _sleep(self) -> None:
         """
-        How long the thread may sleep when there is nothing to write, seconds; None: until there is.
+        Wait for `_wake`.
         """
-        return None
+        self._ready.wait()
+        self._ready.clear()
 
     def _abandon(self) -> None:  # noqa: B027
         """

@@ -34,7 +34,7 @@ class FileSink(QueueSink):
     Appends lines to a file.
 
     A rotated file has the time of its rotation in its name (`events.jsonl.20261123T101500.123456`, UTC), is
-    compressed beside the writing, and the oldest ones are removed. The file is opened anew when it was moved away or removed.
+    compressed beside the writing, and the oldest ones are removed. The file is opened anew when it was moved away.
 
     Args:
         maker, encode, events, keep, queue: See QueueSink.

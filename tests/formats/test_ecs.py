@@ -134,7 +134,7 @@ def check(event: Event) -> None:
         for item in items:
             assert type(item) is PYTHON.get(kind, str), name
             if kind == "date":
-                datetime.fromisoformat(item[:26])
+                datetime.fromisoformat(str(item)[:26])
     about = fields["event"]
     assert about["kind"] in KINDS
     for category in about["category"]:
