@@ -57,6 +57,8 @@ FAILED: Final = "failed"
 # Threads that hang in a dead task's memory; more of them, and memory is left alone.
 HANGING: Final = 16
 PRIORITY: Final = -10
+# No descriptor of the holder has a higher number: each reader holds at most EVENTS files, and a few for reading.
+DESCRIPTORS: Final = 2048
 
 
 class Progress:
@@ -323,12 +325,11 @@ def watch(group: int, holder: int, progress: Progress) -> None:
     else:
         return
     signal.pidfd_send_signal(holder, signal.SIGKILL)
-    limit = 1 << 16
     while not dead.poll(0):  # killed, but perhaps stuck in the kernel, with its descriptors open
-        for fd in range(limit):  # what the holder had taken; of its descriptors only the numbers matter
+        for fd in range(DESCRIPTORS):  # what the holder had taken; of its descriptors only the numbers matter
             while allow(group, fd):
                 pass
-        if waiting.poll(100):
+        if waiting.poll(10):
             _allow_all(group)
 
 

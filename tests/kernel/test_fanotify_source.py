@@ -151,7 +151,7 @@ class TestPaths:
 
     def test_failed_execs(self, source: Fanotify, tiny: Path) -> None:
         """
-        An exec that failed with E2BIG leaves its open before that of the one that ran.
+        An exec that failed with E2BIG may leave its open before that of the one that ran (since Linux 6.8 it does).
         """
         pid = os.fork()
         if pid == 0:
@@ -168,7 +168,7 @@ class TestPaths:
         status = tiny.stat()
         (ran,), _ = match(found, 1, final=(status.st_dev, status.st_ino), ended=True)
         assert ran.exe is not None
-        assert (ran.exe.path, len(found)) == (str(tiny), 2)
+        assert ran.exe.path == str(tiny)
 
     def test_second_open_of_a_file_is_swallowed(self, source: Fanotify, tiny: Path) -> None:
         """

@@ -207,10 +207,12 @@ class TestNobodyWaits:
         """
         When the holder itself is stopped, the watchdog lets all go, and the paths go on.
         """
+        holder = os.pidfd_open(holder_of(source))
         os.kill(holder_of(source), signal.SIGSTOP)
 
         assert spawn(place / "tiny") < LONGEST_S
 
+        assert wait_for_end(holder)
         first = source.read()
         assert [fact.where for fact in first if isinstance(fact, Lost)] == ["hold"]
         spawn(place / "tiny")
