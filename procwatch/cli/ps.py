@@ -38,10 +38,10 @@ def ps(form: str, output: str | None, containers: bool, **options: Any) -> None:
             for event in events:
                 encode_into(event, lines)
         try:
-            with os.fdopen(fd, "wb", closefd=False) as stream:
-                stream.write(lines)
-        except BrokenPipeError:
-            raise
+            while lines:
+                del lines[: os.write(fd, lines)]
+        except BrokenPipeError:  # the reader has seen enough
+            pass
         except OSError as error:
             raise cannot_write(error) from error
 
