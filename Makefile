@@ -24,7 +24,7 @@ watch: $(VENV)/.installed  ## Install into .venv and print every process; ARGS="
 test: packages $(VENV)/.tested  ## Install what the tests need and run them; ARGS="-k scan" passes options
 	@exec $(BIN)/python -m pytest --doctest-modules $(TESTS) $(ARGS)
 
-check: $(VENV)/.tested  ## Linter, formatter, types, and the tests with coverage: what must hold before a commit
+check: $(VENV)/.tested bpf-check  ## Linter, formatter, types, and the tests with coverage: what must hold before a commit
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet || { echo 'not formatted: run `make format`' >&2; exit 1; }
 	@$(BIN)/mypy --no-error-summary

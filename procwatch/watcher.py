@@ -513,6 +513,13 @@ class Watcher:
         """
         return self.processes.get(pid)
 
+    def kernel_words(self) -> dict[str, str]:
+        """
+        What the kernel said at length of sources that it refused, such as the BPF verifier's log; by source.
+        """
+        failures = self._selection.failures if self._selection is not None else []
+        return {error.name: log for error in failures if (log := getattr(error.__cause__, "log", ""))}
+
     def stats(self) -> Stats:
         """
         Counters since the start.

@@ -128,6 +128,8 @@ async def _watch(watcher: Watcher, fd: int, form: str, tree: bool, latency_s: fl
         logger.info("ready", backend=ready.backend, sources=ready.sources)
         for skipped in ready.skipped:
             logger.info("skipped", name=skipped.name, reason=skipped.reason, remedy=skipped.remedy)
+        for name, words in watcher.kernel_words().items():
+            logger.debug("the kernel's own words", name=name, log=words)
         await ended.wait()
     sink.finish()
     watcher.raise_failure()
