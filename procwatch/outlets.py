@@ -49,14 +49,18 @@ class Outlet:
                 self._failed = True
                 self._log.exception("a sink failed; please report it", sink=self.table.name)
 
-    async def replace(self, table: SinkTable) -> None:
+    async def replace(self, table: SinkTable, first: list[Event | Draft]) -> None:
         """
         Close the sink and open another one in its place, or the same one again if the other cannot begin.
+
+        Args:
+            table: What the other one is.
+            first: What it gets before all else.
 
         Raises:
             ProcwatchError: It cannot; the one before goes on.
         """
-        self._waiting = []
+        self._waiting = list(first)
         try:
             await self.sink.close()
             try:
@@ -103,7 +107,7 @@ class Outlets:
         self._maker = maker
         self._log = log
         self._outlets: list[Outlet] = []
-        self._ready: Event | None = None
+        self._ready: list[Event | Draft] = []  # the first event of each sink, also of later ones
         self.lost: dict[str, int] = {}  # by place, before the sinks
 
     def __call__(self, batch: list[Event | Draft]) -> None:
@@ -116,7 +120,7 @@ class Outlets:
             if type(item) is Lost:
                 self.lost[item.where] = self.lost.get(item.where, 0) + item.count
             elif type(item) is Ready:
-                self._ready = item
+                self._ready = [item]
 
     async def open(self, tables: tuple[SinkTable, ...]) -> None:
         """
@@ -134,8 +138,7 @@ class Outlets:
 
     async def _add(self, table: SinkTable) -> None:
         outlet = Outlet(table, await opened(table, self._maker), self._maker, self._log)
-        if self._ready is not None:  # the first event of each sink
-            outlet.put([self._ready])
+        outlet.put(self._ready)
         self._outlets.append(outlet)
 
     async def change(self, tables: tuple[SinkTable, ...], *, all_anew: bool) -> None:
@@ -158,7 +161,7 @@ class Outlets:
                 if outlet is None:
                     await self._add(table)
                 elif outlet.table != table or all_anew:
-                    await outlet.replace(table)
+                    await outlet.replace(table, self._ready)
                 else:
                     outlet.sink.reopen()
             except ProcwatchError as error:

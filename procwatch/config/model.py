@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from procwatch import formats, sinks
+from procwatch.enrich.runtimes import Roots
 from procwatch.events import DEFAULT_KINDS
 from procwatch.policy.filter import Filter
 from procwatch.sources.select import BACKENDS, OPTIONAL
@@ -19,8 +20,8 @@ NAMES_WAIT_MS = 1000.0
 
 # Arguments of Watcher that are called the same there.
 _PLAIN = (
-    "backend", "events", "initial", "buffer", "latency_ms", "fork_hold_ms", "ancestors", "without", "hash_wait_ms",
-    "file_facts",
+    "backend", "events", "initial", "buffer", "latency_ms", "fork_hold_ms", "ancestors", "without", "hold",
+    "hash_wait_ms", "file_facts",
 )  # fmt: skip
 
 Backend = Literal[BACKENDS]  # type: ignore[valid-type]
@@ -91,6 +92,7 @@ class Config(Struct, frozen=True, kw_only=True):
     filter: dict[str, list[str]] = {}
     labels: dict[str, str] = {}
     host: str = ""
+    host_root: str = "/"
     state: str = "/var/lib/procwatch/state.json"
     user: str = ""
     keep_privileges: bool = False
@@ -105,10 +107,9 @@ class Config(Struct, frozen=True, kw_only=True):
         The arguments of `Watcher`.
         """
         arguments = {name: getattr(self, name) for name in _PLAIN}
-        if self.hold:
-            arguments["hold"] = True
         return {
             **arguments,
+            "roots": Roots(prefix=self.host_root),
             "hash": self.hash or None,
             "keep": self.keep(),
             "container_wait_ms": self.names_wait_ms(),
