@@ -74,7 +74,7 @@ class ProcConnector:
         """
         Open and close: only the acknowledgement proves that the kernel will send.
         """
-        other = ProcConnector(buffer_bytes=4096)
+        other = ProcConnector(buffer_bytes=1 << 20)
         try:
             other.open()
         except SourceUnavailable as error:
@@ -97,8 +97,9 @@ class ProcConnector:
         try:
             self._set_buffer()
             self._socket.bind((0, cn_proc.CN_IDX_PROC))
-            self._socket.send(cn_proc.request(cn_proc.PROC_CN_MCAST_LISTEN))
-            self._await_acknowledgement()
+            number = int.from_bytes(os.urandom(4), "little")
+            self._socket.send(cn_proc.request(cn_proc.PROC_CN_MCAST_LISTEN, ack=number))
+            self._await_acknowledgement(number)
         except OSError as error:
             self.close()
             raise self._unavailable(error) from error
@@ -116,9 +117,10 @@ class ProcConnector:
         except PermissionError:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
-    def _await_acknowledgement(self) -> None:
+    def _await_acknowledgement(self, number: int) -> None:
         """
-        Wait for PROC_EVENT_NONE; events of other listeners' making may come first, and are kept.
+        Wait for PROC_EVENT_NONE of our own request. While others listen, their acknowledgements and events come, even
+        into a namespace that gets nothing once they are gone; so these prove nothing. Events are kept.
         """
         assert self._socket is not None
         poll = select.poll()
@@ -130,15 +132,20 @@ class ProcConnector:
                 messages = cn_proc.decode(data)
             except BlockingIOError:
                 continue
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self._overrun = True  # a busy host
+                continue
             except DecodeError:
                 self._undecoded += 1
                 continue
-            for *_, ack in messages:
-                if ack is not None:
-                    if ack:
-                        raise OSError(ack, os.strerror(ack))
-                    return
             self._early.append(data)
+            for *_, ack in messages:
+                if ack is not None and ack[0] == number:
+                    if ack[1]:
+                        raise OSError(ack[1], os.strerror(ack[1]))
+                    return
         raise self._silent()
 
     def _silent(self) -> SourceUnavailable:

@@ -49,20 +49,23 @@ _NEEDED: Final = {FORK: 16, EXEC: 8, EXIT: 16, UID: 16, GID: 16, SID: 8, PTRACE:
 
 
 # One decoded message: the CPU that sent it, its number on that CPU, its time, the fact (None for a kind that we do not
-# know: a newer kernel's), and the errno of an acknowledgement (None for all others). A plain tuple is half the cost.
-Message = tuple[int, int, int, Fact | None, int | None]
+# know: a newer kernel's), and the acknowledgement it is (None for all others). A plain tuple is half the cost.
+Ack = tuple[int, int]
+"""Of which request, as its `ack` said, and errno."""
+Message = tuple[int, int, int, Fact | None, Ack | None]
 
 
-def request(operation: int, mask: int | None = None, pid: int = 0) -> bytes:
+def request(operation: int, mask: int | None = None, pid: int = 0, ack: int = 0) -> bytes:
     """
     The message that makes the kernel begin or end to send.
 
     Without a mask it is the 4 bytes that every kernel takes; with one the 8 bytes of Linux 6.6, which older kernels
-    drop in silence (cn_proc_mcast_ctl in drivers/connector/cn_proc.c).
+    drop in silence (cn_proc_mcast_ctl in drivers/connector/cn_proc.c). All listeners get the acknowledgement of each:
+    `ack` tells whose it is.
     """
     body = struct.pack("=I", operation) if mask is None else struct.pack("=II", operation, mask)
     length = _HEADER.size + len(body)
-    return _HEADER.pack(length, NLMSG_DONE, 0, 0, pid, CN_IDX_PROC, CN_VAL_PROC, 0, 0, len(body), 0) + body
+    return _HEADER.pack(length, NLMSG_DONE, 0, 0, pid, CN_IDX_PROC, CN_VAL_PROC, 0, ack, len(body), 0) + body
 
 
 def decode(data: bytes, offset_ns: int = 0) -> list[Message]:
@@ -93,7 +96,7 @@ def decode(data: bytes, offset_ns: int = 0) -> list[Message]:
     start, end = 0, len(data)
     while start < end:
         try:
-            length, _, _, _, _, idx, val, seq, _, size, _, what, cpu, time_ns = _EVENT.unpack_from(data, start)
+            length, _, _, _, _, idx, val, seq, ack, size, _, what, cpu, time_ns = _EVENT.unpack_from(data, start)
         except struct.error as error:
             raise DecodeError(f"cn_proc: {end - start} bytes are too few for an event") from error
         if (idx, val) != (CN_IDX_PROC, CN_VAL_PROC):
@@ -104,7 +107,7 @@ def decode(data: bytes, offset_ns: int = 0) -> list[Message]:
         time_ns += offset_ns
         at = start + _DATA
         if what == NONE:
-            found.append((cpu, seq, time_ns, None, struct.unpack_from("=I", data, at)[0]))
+            found.append((cpu, seq, time_ns, None, ((ack - 1) & 0xFFFFFFFF, struct.unpack_from("=I", data, at)[0])))
         else:
             found.append((cpu, seq, time_ns, _fact(what, time_ns, data, at), None))
         start += (length + 3) & ~3
