@@ -71,6 +71,7 @@ def _ebpf(options: Options) -> Source:
         buffer_bytes=options.buffer_bytes or 16 << 20,
         gather_s=options.latency_s,
         exec_failed="exec_failed" in options.kinds,
+        every_fork=not options.kinds or not options.kinds.isdisjoint(("fork", "exec_failed")),
     )
 
 

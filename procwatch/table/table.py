@@ -400,6 +400,9 @@ class Table:
 
     def _on_exit(self, fact: Exit) -> None:
         process = self.processes.get(fact.pid)
+        if process is not None and fact.start_ns is not None and process.start_ticks != fact.start_ns // NS_PER_TICK:
+            self._vanish(process, fact.time_ns)
+            process = None
         if process is None:
             if fact.time_ns <= self.started_ns:
                 return  # ended before we were ready

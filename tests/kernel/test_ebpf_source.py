@@ -22,11 +22,15 @@ from typing import Any, TypeVar
 import pytest
 from msgspec.structs import replace
 
+from procwatch import events
+from procwatch.clock import Clock
 from procwatch.errors import ConfigError, SourceUnavailable
 from procwatch.facts import Details, Exec, ExecFailed, Exit, Fact, Fork, Lost
 from procwatch.sources import ebpf, procfs
 from procwatch.sources.ebpf import Ebpf, loader, ring
+from procwatch.table.draft import Maker
 from procwatch.table.identity import NS_PER_TICK
+from procwatch.table.table import Table
 from procwatch.wire import bpf_event
 from tests.conftest import need
 from tests.living import NOBODY, elsewhere, living
@@ -120,6 +124,14 @@ def whole(fact: Exec) -> Details:
         ns_pid=fact.ns_pid,
         missing=fact.details.missing | ({"argv": fact.argv_missing} if fact.argv_missing else {}),
     )
+
+
+def timeless(event: events.Event) -> events.Event:
+    """
+    An event without what two sources that listen at the same time cannot agree on to the nanosecond.
+    """
+    measured = ("time", "duration_ns", "cpu_user_ns", "cpu_system_ns", "max_rss_bytes")
+    return replace(event, **{name: None for name in measured if hasattr(event, name)})
 
 
 def child(work: Callable[[], object]) -> tuple[int, int]:
@@ -602,6 +614,44 @@ class TestFork:
             with subprocess.Popen([tiny]) as process:
                 pass
             assert [type(fact) for fact in life(source, process.pid)] == [Exec, Exit]
+
+    def test_few(self, tiny: Path, tmp_path: Path):
+        """
+        Without every fork the execs and exits are told as with all of them, also of copies that fork themselves, that
+        live on while their parent becomes another program, and that outlive it.
+        """
+        os.mkfifo(tmp_path / "first")
+        os.mkfifo(tmp_path / "second")
+        script = """
+            ("$0"; ("$0"; (exit 5)); exit 6)
+            (read line <first; exit 7) &
+            ( (read line <second; exit 8) & )
+            exec sh -c 'echo >first; wait; (exit 9); echo >second; exit 10'
+        """
+
+        def ended(facts: list[Fact]) -> bool:
+            return {8 << 8, 10 << 8} <= {fact.status for fact in facts if isinstance(fact, Exit)}
+
+        with opened() as every, opened(every_fork=False) as few:
+            tables = [Table(boot="b", maker=Maker("host", Clock()), kinds=("exec", "exit")) for _ in (every, few)]
+            for table in tables:
+                table.snapshot(procfs.snapshot(), Clock.now_ns(), tell=False)
+            with subprocess.Popen(["sh", "-c", script, tiny], cwd=tmp_path, start_new_session=True) as process:
+                pass
+            told, births = [], []
+            for source, table in zip((every, few), tables, strict=True):
+                facts = until(source, ended)
+                table.apply(facts)
+                found = [event for event in table.drain() if getattr(event, "session", 0) == process.pid]
+                told.append([timeless(event) for event in found])
+                forks = {fact.pid for fact in facts if isinstance(fact, Fork) and fact.ppid == process.pid}
+                births.append(len(forks))
+            counted = few.kernel_counts()["fork"]
+
+        assert told[0] == told[1]
+        assert {event.code for event in told[0] if isinstance(event, events.Exit)} == {0, 5, 6, 7, 8, 9, 10}
+        assert births == [4, 3]
+        assert counted >= 9
 
     def test_time_order(self, source: Ebpf, tiny: Path):
         """

@@ -131,7 +131,7 @@ class TestProbe:
         monkeypatch.setattr(ebpf, "_REGISTERS", {})
         with pytest.raises(SourceUnavailable, match="failed execs"):
             Ebpf(exec_failed=True)._settings()
-        assert len(Ebpf()._settings()) == 32
+        assert len(Ebpf()._settings()) == 36
 
 
 def _somewhere(directory: Path) -> str:
@@ -160,4 +160,4 @@ def test_context_layout():
     """
     The settings are as long as the C structure that they fill.
     """
-    assert ebpf._SETTINGS.size == 8 * struct.calcsize("I")
+    assert ebpf._SETTINGS.size == 9 * struct.calcsize("I")

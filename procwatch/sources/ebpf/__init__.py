@@ -41,7 +41,7 @@ _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # include/linux/proc_ns.h
 # System call numbers of execve and execveat, and where pt_regs has the number and the first two arguments when a call
 # returns: arch/x86/include/asm/ptrace.h, arch/arm64/include/asm/ptrace.h.
 _REGISTERS = {"x86_64": (59, 322, 120, 112, 104), "aarch64": (221, 281, 280, 272, 8)}
-_SETTINGS = struct.Struct("<8I")
+_SETTINGS = struct.Struct("<9I")
 
 _BY_TIME = attrgetter("time_ns")
 
@@ -57,6 +57,8 @@ class Ebpf:
         exec_failed: Report execs that failed too: costs every system call of the host some 50 ns.
         mute_pid: A process of which nothing is said: our own. 0: none.
         forks: Report forks.
+        every_fork: Not only those without which something would be told wrong: of a process that never executed
+            anything and forks itself, or outlives its parent, or was put into another cgroup.
     """
 
     name: ClassVar[str] = "ebpf"
@@ -70,6 +72,7 @@ class Ebpf:
         exec_failed: bool = False,
         mute_pid: int = 0,
         forks: bool = True,
+        every_fork: bool = True,
     ) -> None:
         if not 4096 <= buffer_bytes <= 1 << 30:
             raise ConfigError(f"a ring buffer of {buffer_bytes} bytes: choose 4 KiB to 1 GiB")
@@ -81,6 +84,7 @@ class Ebpf:
         self._exec_failed = exec_failed
         self._mute_pid = mute_pid
         self._forks = forks
+        self._every_fork = every_fork
         self._decoder = Decoder(peaks=_version(os.uname().release) < _MEMORY_AT_EXIT)
         self._closing = contextlib.ExitStack()
         self._ring: Ring | None = None
@@ -167,7 +171,7 @@ class Ebpf:
         registers = _REGISTERS.get(os.uname().machine, (0, 0, 0, 0, 0))
         if self._exec_failed and not any(registers):
             raise SourceUnavailable(self.name, f"failed execs cannot be seen on {os.uname().machine}", "leave them out")
-        return _SETTINGS.pack(self._argv_limit, self._mute_pid, NS_PER_TICK, *registers)
+        return _SETTINGS.pack(self._argv_limit, self._mute_pid, NS_PER_TICK, *registers, self._every_fork)
 
     def _refused(self, error: loader.LoadError) -> SourceUnavailable:
         if error.errno == errno.ENOSYS:

@@ -268,6 +268,7 @@ struct task_struct {
 	int exit_code;
 	int pid, tgid;
 	struct task_struct *real_parent;
+	struct list_head children, sibling;
 	struct task_struct *group_leader;
 	struct list_head thread_node;
 	struct pid *thread_pid;
@@ -294,6 +295,7 @@ struct linux_binprm {
 
 enum {
 	PF_IO_WORKER = 0x00000010,
+	PF_FORKNOEXEC = 0x00000040,
 	PF_KTHREAD = 0x00200000,
 	SIGNAL_GROUP_EXIT = 4,
 	PIDTYPE_SID = 3,

@@ -52,6 +52,7 @@ struct settings {
 	u32 ns_per_tick;
 	u32 nr_execve, nr_execveat; /* system call numbers, and where pt_regs of this machine has what */
 	u32 nr_offset, arg0_offset, arg1_offset;
+	u32 every_fork; /* 0: only those that something else depends on */
 };
 const volatile struct settings settings = {};
 
@@ -131,6 +132,11 @@ struct cpu_times {
 	u64 utime, stime, runtime;
 };
 
+struct children {
+	struct list_head *next;
+	struct list_head *end;
+};
+
 struct cgroup_search {
 	struct list_head *next;
 	struct list_head *end;
@@ -166,6 +172,9 @@ MAP(failed_scratch, BPF_MAP_TYPE_PERCPU_ARRAY, 1, struct failed_record, 0);
 MAP(times, BPF_MAP_TYPE_PERCPU_ARRAY, 1, struct cpu_times, 0);
 /* Exec and fork look for cgroups: an entry for each. */
 MAP(search, BPF_MAP_TYPE_PERCPU_ARRAY, 2, struct cgroup_search, 0);
+
+/* Exec and exit look at children: an entry for each. */
+MAP(children, BPF_MAP_TYPE_PERCPU_ARRAY, 2, struct children, 0);
 
 struct ended_key {
 	u64 start;
@@ -215,6 +224,53 @@ static __always_inline void fill_head(struct head *head, enum kind kind, struct 
 	head->start = BPF_CORE_READ(task, group_leader, start_boottime);
 	head->ppid = BPF_CORE_READ(task, real_parent, tgid);
 	head->extra = 0;
+}
+
+/*
+ * Where nobody wants forks, most of them need not be told: the exec says who the parent is, and the end of a process
+ * that never executed anything is that of a copy of its parent. But such a copy has to be known before it forks itself,
+ * and before its parent ends or becomes another program. These records are not births, so they are not counted as seen.
+ */
+static __always_inline void announce(struct task_struct *task)
+{
+	struct head head;
+
+	fill_head(&head, FORK, task);
+	head.time = head.start;
+	head.start /= settings.ns_per_tick;
+	if (bpf_ringbuf_output(&ring, &head, sizeof(head), 0))
+		count_lost(FORK);
+}
+
+static long child_step(u32 i, struct children **ctx)
+{
+	struct children *c = *ctx;
+	struct task_struct *child;
+
+	if (!c->next || c->next == c->end)
+		return 1;
+	child = (void *)c->next - bpf_core_field_offset(struct task_struct, sibling);
+	c->next = BPF_CORE_READ(child, sibling.next);
+	/* Whose last thread has ended was told. */
+	if (BPF_CORE_READ(child, flags) & PF_FORKNOEXEC && BPF_CORE_READ(child, signal, live.counter) > 0)
+		announce(child);
+	return 0;
+}
+
+static __always_inline void announce_children(struct task_struct *task, u32 slot)
+{
+	struct list_head *end = (void *)task + bpf_core_field_offset(struct task_struct, children);
+	struct list_head *next = BPF_CORE_READ(task, children.next);
+	struct children *c;
+
+	if (settings.every_fork || next == end)
+		return;
+	c = entry(&children, slot);
+	if (!c)
+		return;
+	c->next = next;
+	c->end = end;
+	bpf_loop(1 << 20, child_step, &c, 0);
 }
 
 /* Append one component; false when there is no room for it. */
@@ -568,6 +624,7 @@ int on_exec(struct raw_args *ctx)
 	fill_head(&s->rec.head, EXEC, task);
 	if (s->rec.head.pid == settings.mute_pid)
 		return 0;
+	announce_children(task, 0);
 	cred = BPF_CORE_READ(task, cred);
 	file = BPF_CORE_READ(bprm, file);
 	fill_ids(&s->rec, task, cred);
@@ -594,12 +651,21 @@ SEC("raw_tp/sched_process_fork")
 int on_fork(struct raw_args *ctx)
 {
 	struct task_struct *parent = (void *)ctx->args[0], *child = (void *)ctx->args[1];
+	bool elsewhere = BPF_CORE_READ(child, cgroups) != BPF_CORE_READ(parent, cgroups);
 	struct fork_scratch *s;
 	u64 size;
 
 	if (BPF_CORE_READ(child, pid) != BPF_CORE_READ(child, tgid) || BPF_CORE_READ(child, flags) & PF_KTHREAD) {
 		count_seen(TASK);
 		return 0;
+	}
+	if (!settings.every_fork) {
+		if ((BPF_CORE_READ(parent, group_leader, flags) & (PF_FORKNOEXEC | PF_KTHREAD)) == PF_FORKNOEXEC)
+			announce(parent);
+		if (!elsewhere) {
+			count_seen(FORK);
+			return 0;
+		}
 	}
 	s = entry(&fork_scratch, 0);
 	if (!s)
@@ -608,7 +674,7 @@ int on_fork(struct raw_args *ctx)
 	s->head.start /= settings.ns_per_tick;
 	s->str.off = 0;
 	/* clone3() can put the child elsewhere; else the reader knows the cgroup from the parent. */
-	if (BPF_CORE_READ(child, cgroups) != BPF_CORE_READ(parent, cgroups))
+	if (elsewhere)
 		append_cgroup(&s->str, s->buf, child, 1);
 	s->head.extra = s->str.off;
 	size = sizeof(s->head) + (u64)s->str.off;
@@ -738,6 +804,7 @@ int on_exit(struct raw_args *ctx)
 	fill_head(&rec.head, EXIT, task);
 	if (rec.head.pid == settings.mute_pid || !group_ended(signal, &rec.head, threads))
 		return 0;
+	announce_children(task, 1);
 	fill_times(&rec, task, signal, threads);
 	leader = BPF_CORE_READ(task, group_leader);
 	/* As wait_task_zombie() in kernel/exit.c. */
