@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 # Others come and go while this one asks.
 ASK = """
 from procwatch.sources.proc_connector import ProcConnector
-error = ProcConnector(buffer_bytes=4096).probe()
+error = ProcConnector(buffer_bytes=1 << 20).probe()
 print("works" if error is None else error.reason)
 """
 
@@ -31,7 +31,7 @@ def test_the_acknowledgement_of_another_listener_proves_nothing():
     """
     need(os.geteuid() == 0 and shutil.which("unshare"), "needs root and unshare")
     try:
-        listeners = [ProcConnector(buffer_bytes=4096)]
+        listeners = [ProcConnector(buffer_bytes=1 << 20)]
         listeners[0].open()
     except SourceUnavailable as error:
         need(False, str(error))
@@ -40,7 +40,7 @@ def test_the_acknowledgement_of_another_listener_proves_nothing():
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as asking:
             while asking.poll() is None:
-                other = ProcConnector(buffer_bytes=4096)
+                other = ProcConnector(buffer_bytes=1 << 20)
                 other.open()
                 other.close()
             assert asking.stdout is not None
