@@ -42,7 +42,7 @@ class Agent:
         """
         assert self.process.stdout is not None
         for text in self.process.stdout:
-            line = json.loads(text)
+            line: Line = json.loads(text)
             self.lines.append(line)
             if line["event"] == event and all(line.get(name) == value for name, value in fields.items()):
                 return line
@@ -106,8 +106,8 @@ def test_shown_and_lost_are_all(backend: str, tiny: Path):
     """
     Three events for each process are shown or counted as lost, and who was born unseen and lives comes after the gap.
     """
+    before = procfs.born()
     with agent(backend, "--buffer", "1MiB") as running:
-        before = procfs.born()
         with stopped(running):
             storms.storm(str(tiny), COUNT // 2, "storm")
             unseen = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -116,7 +116,7 @@ def test_shown_and_lost_are_all(backend: str, tiny: Path):
         unseen.communicate(b"\n")
         running.read_until("exit", pid=unseen.pid)
         stop = running.finish()
-        others = procfs.born() - before - COUNT - 1
+        others = procfs.born() - before - COUNT - 1  # the agent's own start among them
 
     gaps = lost(running.lines)
     told = shown(running.lines) + sum(gap["count"] for gap in gaps)
