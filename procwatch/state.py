@@ -22,7 +22,7 @@ from procwatch.errors import ProcwatchError
 from procwatch.facts import Details
 from procwatch.sources import procfs
 from procwatch.table.identity import process_id
-from procwatch.table.process import Process
+from procwatch.table.process import Process, make
 
 VERSION = 1
 # Larger than the state of 100,000 processes; what is larger was not written by us.
@@ -202,7 +202,7 @@ def _unpack(state: _State, boot: str) -> list[Process]:
             raise ValueError("a parent that is not there")
         parent = processes[saved.parent] if saved.parent >= 0 else None
         identity = process_id(boot, saved.pid, saved.start_ticks)
-        process = Process(saved.pid, saved.start_ticks, identity, parent, details[saved.details])
+        process = make(saved.pid, saved.start_ticks, identity, parent, details[saved.details])
         process.ppid = saved.ppid
         process.argv, process.argv_truncated, process.argv_missing = (
             saved.argv,

@@ -54,10 +54,10 @@ class Lines:
 
     def __init__(self, maker: Maker) -> None:
         self._maker = maker
-        self._second_ns = -1 << 62  # CLOCK_BOOTTIME at which the wall clock's second in `_heads` began
+        self.second_ns = -1 << 62  # CLOCK_BOOTTIME at which the wall clock's second in `_heads` began
         self._heads: dict[type[ProcessEvent], bytes] = {}
         labels = b"" if maker.labels is None else b'"labels":' + _encode(maker.labels) + b","
-        self._host = b'Z","host":' + _encode(maker.host) + b"," + labels
+        self.host = b'Z","host":' + _encode(maker.host) + b"," + labels
 
     def encode_into(self, item: Event | Draft, buffer: bytearray) -> None:
         """
@@ -72,32 +72,31 @@ class Lines:
             encode_into(self._maker.event(item), buffer)
 
     def _line(self, draft: Draft) -> bytes:
-        ns = draft.time_ns - self._second_ns
+        ns = draft.time_ns - self.second_ns
         if not 0 <= ns < 1_000_000_000:
-            ns = self._turn_second(draft.time_ns)
+            ns = self.turn_second(draft.time_ns)
         who, details, tail = draft.who, draft.details, draft.tail
-        body = who.line
-        if body is None or who.told is not details or details.named != self._maker.names.generation:
-            body = self._body(who, details)
-        known = _CLEAR
-        if draft.missing or draft.inferred:
-            known = b"," + _encode(_Marks(draft.missing, draft.inferred))[1:-1]
-        return b"%b%09d%b%b%b%b\n" % (
-            self._heads.get(draft.kind) or self._head(draft.kind),
-            ns,
-            self._host,
-            body,
-            known,
-            b"}" if tail is None else b"," + _encode(tail)[1:],
-        )
-
-    def _body(self, who: Who, details: Details) -> bytes:
         context = details.line
         if context is None or details.named != self._maker.names.generation:
             context = self._context(details)
-        who.line = who.told = None  # these are no fields of the line
-        who.line = _encode(who)[1:-1] + context
-        who.told = details
+        known = _CLEAR
+        if draft.missing or draft.inferred:
+            known = b"," + _encode(_Marks(draft.missing, draft.inferred))[1:-1]
+        # Half as dear as a format with %b.
+        return b"".join(
+            (
+                self._heads.get(draft.kind) or self.head(draft.kind),
+                b"%09d" % ns,
+                self.host,
+                who.line or self._who(who),
+                context,
+                known,
+                b"}\n" if tail is None else b",%b\n" % _encode(tail)[1:],
+            )
+        )
+
+    def _who(self, who: Who) -> bytes:
+        who.line = _encode(who)[1:-1]
         return who.line
 
     def _context(self, d: Details) -> bytes:
@@ -113,14 +112,20 @@ class Lines:
         d.named = self._maker.names.generation if d.hash is None or d.hash.done else 0
         return d.line
 
-    def _turn_second(self, time_ns: int) -> int:
+    def turn_second(self, time_ns: int) -> int:
+        """
+        Nanoseconds since the wall clock's last full second, which from now on is the one of the heads.
+        """
         offset = self._maker.clock.offset_ns
-        self._second_ns = (time_ns + offset) // 1_000_000_000 * 1_000_000_000 - offset
+        self.second_ns = (time_ns + offset) // 1_000_000_000 * 1_000_000_000 - offset
         self._heads.clear()
-        return time_ns - self._second_ns
+        return time_ns - self.second_ns
 
-    def _head(self, kind: type[ProcessEvent]) -> bytes:
-        second = self._maker.clock.stamp(self._second_ns)[:20]
+    def head(self, kind: type[ProcessEvent]) -> bytes:
+        """
+        How each line of one kind begins within this second.
+        """
+        second = self._maker.clock.stamp(self.second_ns)[:20]
         self._heads[kind] = b'{"event":"%b","time":"%b' % (kind.event.encode(), second.encode())
         return self._heads[kind]
 

@@ -31,8 +31,7 @@ class Who(Struct, gc=False, omit_defaults=True):
     parent: Parent | None
     ns_pid: int | None = None
     ancestors: list[Parent] | None = None
-    line: bytes | None = None  # formats': this and `told`, as they stand in a line of output
-    told: Details | None = None  # formats': the details in `line`
+    line: bytes | None = None  # formats': this, as it stands in a line of output
 
 
 class Forked(Struct, frozen=True, omit_defaults=True):
@@ -100,32 +99,19 @@ class Ancestry(Protocol):
         """
 
 
-class Draft:
+class Draft(Struct, gc=False):
     """
     One event of one process. Nothing it refers to changes afterwards.
     """
 
-    __slots__ = ("details", "inferred", "kind", "missing", "process", "tail", "time_ns", "who")
-
-    def __init__(
-        self,
-        kind: type[ProcessEvent],
-        time_ns: int,
-        who: Who,
-        details: Details,
-        missing: dict[str, str],
-        inferred: Sequence[str],
-        tail: Struct | None,
-        process: Ancestry | None = None,
-    ) -> None:
-        self.kind = kind
-        self.process = process
-        self.time_ns = time_ns
-        self.who = who
-        self.details = details
-        self.missing = missing
-        self.inferred = inferred
-        self.tail = tail  # the fields that only this kind has
+    kind: type[ProcessEvent]
+    time_ns: int
+    who: Who
+    details: Details
+    missing: dict[str, str]
+    inferred: Sequence[str]
+    tail: Struct | None  # the fields that only this kind has
+    process: Ancestry | None = None
 
     @property
     def event(self) -> str:

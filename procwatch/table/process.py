@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from procwatch.events import Parent
@@ -25,56 +26,41 @@ AT_EXEC = ("cwd", "uid", "gid", "euid", "egid", "tty", "session", "cgroup")
 MAX_DEPTH = 128
 
 
-class Process:
+class Process(Struct, gc=False):
     """
-    A mutable record; the table alone writes it.
+    A mutable record; the table alone writes it. `make` makes one.
 
     `details` is shared with the parent until the child executes a program of its own. An ended process lives on as long
     as a child's `parent` refers to it.
     """
 
-    # Defaults of the class, not set for each process: a birth is half as dear.
-    inherited = False  # `details` are the parent's
+    pid: int
+    start_ticks: int
+    id: str
+    parent: Process | None
+    details: Details
+    ppid: int | None
+    argv: list[str] | None
+    argv_truncated: bool = False
+    ns_pid: int | None = None
+    depth: int = 0
+    born_ns: int = 0  # 0: only known to the tick
+    who: Who | None = None
+    view: Parent | None = None
+    inherited: bool = False  # `details` are the parent's
     argv_missing: str | None = None
-    start_inferred = False  # derived from the stamp of the fork
-    born_ns = 0  # 0: only known to the tick
-    forked_ns = 0  # a fork that no event has told yet
-    seen_ns = 0  # when /proc was looked at; threads born before are counted in `others`
+    start_inferred: bool = False  # derived from the stamp of the fork
+    forked_ns: int = 0  # a fork that no event has told yet
+    seen_ns: int = 0  # when /proc was looked at; threads born before are counted in `others`
     held: object | None = None
-    ended = False
+    ended: bool = False
     # Threads, where the source tells of each (netlink): the process ends with the last of them.
     tids: set[int] | None = None
-    others = 0  # threads that were there already, whose numbers we do not know
-    leader_alive = True
-    leader_status = 0
-    view: Parent | None = None
-    who: Who | None = None
-    depth = 0
-    argv_truncated = False
-    ns_pid: int | None = None
+    others: int = 0  # threads that were there already, whose numbers we do not know
+    leader_alive: bool = True
+    leader_status: int = 0
 
-    def __init__(self, pid: int, start_ticks: int, process_id: str, parent: Process | None, details: Details) -> None:
-        self.pid = pid
-        self.start_ticks = start_ticks
-        self.id = process_id
-        self.parent = parent
-        self.details = details
-        if parent is None:
-            self.ppid: int | None = details.ppid
-            self.argv: list[str] | None = details.argv
-            self.argv_truncated = details.argv_truncated
-            self.ns_pid = details.ns_pid
-            return
-        self.ppid = parent.pid
-        self.argv = parent.argv
-        if parent.argv_truncated:
-            self.argv_truncated = True
-        if parent.depth + 1 >= MAX_DEPTH:
-            self._cut()
-        else:
-            self.depth = parent.depth + 1
-
-    def _cut(self) -> None:
+    def cut(self) -> None:
         """
         Forget the ancestors beyond half of the limit, as soon as one of them has ended; O(1) amortised.
         """
@@ -137,6 +123,24 @@ class Process:
             [ancestor.as_parent() for ancestor in islice(self.ancestors(), ancestors)] if ancestors else None,
         )
         return self.who
+
+
+def make(pid: int, start_ticks: int, process_id: str, parent: Process | None, details: Details) -> Process:
+    """
+    A process that was born, or found; what it has of its parent is in `details` already.
+    """
+    if parent is None:
+        return Process(
+            pid, start_ticks, process_id, None, details,
+            details.ppid, details.argv, details.argv_truncated, details.ns_pid,
+        )  # fmt: skip
+    depth = parent.depth + 1
+    process = Process(
+        pid, start_ticks, process_id, parent, details, parent.pid, parent.argv, parent.argv_truncated, None, depth
+    )
+    if depth >= MAX_DEPTH:
+        process.cut()
+    return process
 
 
 def inherit(known: Details, new: Details, fields: tuple[str, ...], inferred: bool) -> Details:

@@ -49,7 +49,7 @@ from procwatch.table.draft import FORKED, Draft, End, Failed, Maker, Tracer, Via
 from procwatch.table.identity import NS_PER_TICK, process_id, ticks
 from procwatch.table.joins import Joins, named
 from procwatch.table.opens import Ran
-from procwatch.table.process import AT_EXEC, AT_FORK, Process, as_inferred, changed, inherit
+from procwatch.table.process import AT_EXEC, AT_FORK, Process, as_inferred, changed, inherit, make
 from procwatch.table.resume import go_on
 
 KTHREADD = 2
@@ -304,7 +304,7 @@ class Table:
         inferred = start is None
         if start is None:
             start = ticks(fact.time_ns)
-        process = Process(pid, start, process_id(self._boot, pid, start), parent, details)
+        process = make(pid, start, process_id(self._boot, pid, start), parent, details)
         process.ppid = fact.ppid
         process.inherited = fact.details is None
         process.start_inferred = inferred
@@ -373,7 +373,7 @@ class Table:
             process = None
         if process is None:
             parent = self.processes.get(ppid or 0)
-            process = Process(pid, start, f"{self._boot}-{pid}-{start}", parent, details)
+            process = make(pid, start, f"{self._boot}-{pid}-{start}", parent, details)
             process.ppid = ppid
             process.born_ns = start_ns
             self.processes[pid] = process
@@ -418,7 +418,7 @@ class Table:
         if parent is None or start is None:
             process = self._unknown(fact.pid, start, changed(_NOBODY, ppid=fact.ppid, comm=fact.comm))
         else:
-            process = Process(fact.pid, start, process_id(self._boot, fact.pid, start), parent, parent.details)
+            process = make(fact.pid, start, process_id(self._boot, fact.pid, start), parent, parent.details)
             process.inherited = True
         process.born_ns = fact.start_ns or 0
         return process
@@ -554,7 +554,7 @@ class Table:
         return process
 
     def _unknown(self, pid: int, start: int | None, details: Details) -> Process:
-        process = Process(pid, start or 0, process_id(self._boot, pid, start or 0), None, details)
+        process = make(pid, start or 0, process_id(self._boot, pid, start or 0), None, details)
         if start is None:
             details.missing = {**details.missing, "id": LOST}
         return process
