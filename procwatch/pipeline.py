@@ -17,6 +17,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Collection
+from operator import attrgetter
 from typing import Protocol, runtime_checkable
 
 from msgspec import Struct
@@ -40,6 +41,7 @@ ROUNDS = 8
 # A look through all of /proc after a loss costs 50 µs a process: at most once in this time.
 RESYNC_EVERY_NS = 1_000_000_000
 NEVER_NS = 1 << 63
+BY_TIME = attrgetter("time_ns")
 # Events that wait for the names of a container; beyond it the first goes without.
 MAX_HELD = 65_536
 
@@ -65,6 +67,18 @@ class Counting(Protocol):
     def coverage(self) -> dict[str, float]:
         """
         By kind, the share of what the kernel counted that was told: 0 to 1.
+        """
+
+
+@runtime_checkable
+class Wandering(Protocol):
+    """
+    A source that must be told of mount namespaces, to listen there, too.
+    """
+
+    def seen(self, pid: int, namespace: int) -> None:
+        """
+        A process was seen in a mount namespace, an inode number.
         """
 
 
@@ -167,6 +181,7 @@ class Pipeline:
         self._counts: dict[str, int] = {}
         self._lost = 0
         self._proc_reads = self._proc_hits = 0
+        self._wanderers = [source for source in sources if isinstance(source, Wandering)]
         self._resync_ns = NEVER_NS
         self._resynced_ns = 0
         self._resyncs = bool(sources) and sources[0].name != "scan"  # which looks through /proc all the time
@@ -314,7 +329,9 @@ class Pipeline:
                 if not self._complete(fresh, latest, self._look):
                     break
                 fresh = lead.read()  # what happened meanwhile: it may prove a reading wrong
-                facts += fresh
+                if fresh:
+                    facts += fresh
+                    facts.sort(key=BY_TIME)
         return facts
 
     def _complete(self, fresh: list[Fact], latest: dict[int, Exec], look: Callable[[int], Details]) -> bool:
@@ -342,9 +359,13 @@ class Pipeline:
             elif type(fact) is Thread and fact.tid == fact.pid and not fact.born:
                 latest.pop(fact.pid, None)
                 alive.pop(fact.pid, None)
-        for pid, fact in alive.items():
+        # The last born first: when we are late, they are those that may still live.
+        for pid, fact in reversed(alive.items()):
             fact.details = look(pid)
             fact.read_ns = self.clock.now_ns()
+            if self._wanderers and (namespace := procfs.mount_namespace(pid)):
+                for source in self._wanderers:
+                    source.seen(pid, namespace)
             self._proc_hits += fact.details.exe is not None
         self._proc_reads += len(alive)
         return bool(alive)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from procwatch import tune
 from procwatch.cli.output import cannot_write, encoder, filter_options, format_option, opened, take_filter
 from procwatch.events import DEFAULT_KINDS, KINDS
 from procwatch.sinks.stream import StreamSink
@@ -123,8 +124,10 @@ async def _watch(watcher: Watcher, fd: int, form: str, tree: bool, latency_s: fl
     watcher.on_end(ended.set)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _stop, watcher, loop)
+    tune.before_start()
     async with watcher:
         ready = watcher.ready
+        tune.after_start(ready.backend)
         logger.info("ready", backend=ready.backend, sources=ready.sources)
         for skipped in ready.skipped:
             logger.info("skipped", name=skipped.name, reason=skipped.reason, remedy=skipped.remedy)

@@ -75,6 +75,16 @@ def stat(pid: int) -> decode.Stat | None:
     return _stat(data) if isinstance(data, bytes) else None
 
 
+def mount_namespace(pid: int) -> int:
+    """
+    The inode number of a process's mount namespace, or 0 where it cannot be read.
+    """
+    try:
+        return os.stat(f"/proc/{pid}/ns/mnt").st_ino
+    except OSError:
+        return 0
+
+
 def exit_status(pid: int, start_ticks: int) -> int | None:
     """
     As wait(2) will give it to the parent of a zombie; None unless it is one, and one that we may trace.
