@@ -306,19 +306,25 @@ class QueueSink(ABC):
 
     def _run(self) -> None:
         try:
-            while not self._abandoned:
-                closing = self._closing  # read first: all that was put before it was set is written
-                self._turn()
-                if closing:
-                    break
-                self._sleep()
-            if self._failed_gap.count:  # the last chance to tell
-                self._deliver([])
+            self._work()
         finally:
             while records := self._take():
                 self._drop(records)
                 self._settle(records)
             self._end()
+
+    def _work(self) -> None:
+        """
+        Until the sink is closed.
+        """
+        while not self._abandoned:
+            closing = self._closing  # read first: all that was put before it was set is written
+            self._turn()
+            if closing:
+                break
+            self._sleep()
+        if self._failed_gap.count:  # the last chance to tell
+            self._deliver([])
 
     def _turn(self) -> None:
         """

@@ -21,6 +21,7 @@ from typing import IO, Any, Literal
 from procwatch import options
 from procwatch.errors import ConfigError, SinkUnavailable
 from procwatch.policy.filter import Predicate
+from procwatch.sinks import whole
 from procwatch.sinks.base import QUEUE, Encode, QueueSink, Record
 from procwatch.table.draft import Maker
 
@@ -188,24 +189,12 @@ class FileSink(QueueSink):
         """
         Write lines; returns how many, all of them whole.
         """
-        data = b"".join([record.data for record in records])
-        written = 0
-        try:
-            while written < len(data):
-                written += os.write(self._fd, memoryview(data)[written:] if written else data)
-        except OSError as error:
+        pieces = [record.data for record in records]
+        done, error = whole.append(self._fd, self._size, pieces)
+        if error is not None:
             self._fail(error)
-            done = whole = 0
-            for record in records:
-                if whole + len(record.data) > written:
-                    break
-                whole += len(record.data)
-                done += 1
-            os.ftruncate(self._fd, self._size + whole)
-            self._size += whole
-            return done
-        self._size += written
-        return len(records)
+        self._size += sum(map(len, pieces[:done]))
+        return done
 
     # Rotation
 
