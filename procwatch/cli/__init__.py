@@ -12,6 +12,7 @@ import click
 from procwatch import __version__
 from procwatch.cli.agent import agent
 from procwatch.cli.config import config
+from procwatch.cli.bench import bench
 from procwatch.cli.doctor import doctor
 from procwatch.cli.ps import ps
 from procwatch.cli.tail import tail
@@ -31,6 +32,7 @@ def cli() -> None:
 cli.add_command(watch)
 cli.add_command(ps)
 cli.add_command(doctor)
+cli.add_command(bench)
 cli.add_command(agent)
 cli.add_command(config)
 cli.add_command(tail)
