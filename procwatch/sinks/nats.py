@@ -342,8 +342,6 @@ class NatsSink(OutboxSink):
         Confirm what is there already and too old for the stream to know it again.
         """
         old_ns = time.time_ns() - int(min(window_s, 1e9) / 2 * 1e9)
-        self._head = self._next = 0
-        self._stored.clear()
         if self._refusals or not self._under_way or self._under_way[0].time_ns > old_ns:
             return
         try:
@@ -370,6 +368,8 @@ class NatsSink(OutboxSink):
         limit = client.max_payload
         await client.subscribe(f"{inbox}.*", cb=self._answered)
         self._refused_by = ""
+        self._head = self._next = 0
+        self._stored.clear()
         for record in list(self._under_way):
             await self._publish(client, record, inbox, limit)
         resent = self._next
