@@ -26,7 +26,7 @@ from procwatch import __version__
 from procwatch.enrich.inspector import Inspector
 from procwatch.errors import ConfigError
 from procwatch.events import DEFAULT_KINDS, Container, ContainerEvent, Event, Lost, ProcessEvent, Ready, Skipped, Stop
-from procwatch.facts import REPLACED, Details, Exec, Fact, Thread
+from procwatch.facts import REPLACED, Alive, Details, Exec, Fact, Thread
 from procwatch.policy.filter import Predicate
 from procwatch.sources import procfs
 from procwatch.sources.base import Source, SourceStats
@@ -187,16 +187,19 @@ class Pipeline:
         self._resyncs = bool(sources) and sources[0].name != "scan"  # which looks through /proc all the time
         self._read_until_ns = NEVER_NS
 
-    def start(self, *, initial: bool = False, before: Collection[Process] = ()) -> list[Event | Draft]:
+    def start(
+        self, *, initial: bool = False, before: Collection[Process] = (), alive: Collection[Alive] | None = None
+    ) -> list[Event | Draft]:
         """
         `ready`, then what is alive if `initial`; the sources are open already, so nothing falls between.
 
         Args:
             initial: Tell of all that is alive.
             before: Who was known in an earlier run of the same boot.
+            alive: Who is alive, looked for after the sources were opened; None: look now.
         """
         self.table.emit(self.ready)
-        self.table.snapshot(procfs.snapshot(), self.started_ns, tell=initial, before=before)
+        self.table.snapshot(procfs.snapshot() if alive is None else alive, self.started_ns, tell=initial, before=before)
         if self._under_pid is not None:
             root = self.table.processes.get(self._under_pid)
             if root is None:

@@ -10,6 +10,7 @@ import socket
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -20,9 +21,10 @@ from procwatch.enrich.inspector import Inspector
 from procwatch.enrich.runtimes import Roots
 from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, Running, Stop, Vanished
+from procwatch.facts import Alive
 from procwatch.pipeline import Pipeline, Stats
 from procwatch.policy.filter import Predicate
-from procwatch.sources import select
+from procwatch.sources import procfs, select
 from procwatch.sources.base import Source
 from procwatch.state import State, save
 from procwatch.table.draft import Draft, Maker
@@ -245,12 +247,30 @@ class Watcher:
         self._on_end: list[Callable[[], None]] = []
         self._failure: BaseException | None = None
         self._stopped = False
+        self._stop_wanted = False
 
     # Life
 
     async def __aenter__(self) -> Self:
-        self.start()
+        """
+        Open the sources and look through /proc in a thread: that takes some 100 ms, and a busy loop must go on.
+        """
+        beginning = asyncio.ensure_future(asyncio.to_thread(self._begin))
+        try:
+            alive = await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            with suppress(ProcwatchError):
+                await beginning  # what it opens must be closed again
+            self.close()
+            raise
+        self.start(alive=alive)
+        if self._stop_wanted:
+            self.stop()
         return self
+
+    def _begin(self) -> list[Alive]:
+        self.open()
+        return procfs.snapshot()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -270,12 +290,13 @@ class Watcher:
         self._selection = self._select()
         return [source.name for source in self._selection.sources]
 
-    def start(self, state: State | None = None) -> None:
+    def start(self, state: State | None = None, alive: list[Alive] | None = None) -> None:
         """
         Open the sources, if `open` did not, and begin; `ready` is set then. Called by `async with`.
 
         Args:
             state: What an earlier run of the same boot knew, see procwatch.state.
+            alive: Who is alive, looked for since `open`; None: look now.
         """
         if self._pipeline is not None:
             raise ProcwatchError("a watcher can be started only once: make another")
@@ -312,7 +333,7 @@ class Watcher:
             )
             self._default = None if self._sinks or self._draft_sinks else self.subscribe()
             before = state.processes if state is not None else ()
-            self._give(self._pipeline.start(initial=self._initial, before=before))
+            self._give(self._pipeline.start(initial=self._initial, before=before, alive=alive))
         except BaseException:
             for source in selection.sources:
                 source.close()
@@ -343,8 +364,11 @@ class Watcher:
     def stop(self) -> None:
         """
         Take what the kernel has queued, give `stop` as the last event, and end the iteration.
+
+        While it is being entered, that is done as soon as it has begun.
         """
         if self._pipeline is None or self._stopped:
+            self._stop_wanted = True
             return
         self._detach()
         try:
