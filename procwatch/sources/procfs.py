@@ -39,6 +39,11 @@ FIELDS = (*_PROGRAM, *_FROM_STAT, *_FROM_STATUS, "cgroup")
 _ATTEMPTS = 3
 
 
+# A kernel built with CONFIG_AUDIT.
+AUDITED = os.path.exists("/proc/self/loginuid")
+UNSET = 0xFFFFFFFF
+
+
 def read(pid: int, *, with_file: bool = True) -> Details:
     """
     What /proc says of a process; each field that could not be read has its reason in `missing`.
@@ -199,6 +204,8 @@ def _one_look(directory: int, with_file: bool) -> tuple[Details, decode.Stat | N
     _take_cwd(details, cwd, directory)
     if with_file:
         _take_file(details, directory)
+        if AUDITED:
+            _take_login(details, directory)
     return details, state
 
 
@@ -259,6 +266,19 @@ def _take_status(details: Details, text: bytes | str) -> None:
     details.gid, details.egid = status.gid, status.egid
     if len(status.ns_pids) > 1:
         details.ns_pid = status.ns_pids[-1]
+
+
+def _take_login(details: Details, directory: int) -> None:
+    """
+    Who logged in, whatever user it is by now: loginuid and sessionid in proc(5). Unset is -1.
+    """
+    details.auid = _number(_text(directory, b"loginuid"))
+    if details.auid is not None:
+        details.audit_session = _number(_text(directory, b"sessionid"))
+
+
+def _number(text: bytes | str) -> int | None:
+    return int(text) if isinstance(text, bytes) and text.isdigit() and int(text) != UNSET else None
 
 
 def _take_cgroup(details: Details, text: bytes | str, gone: bool) -> None:
