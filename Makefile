@@ -71,4 +71,4 @@ clean:  ## Remove all that can be made again
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
--include bpf.mk kernels.mk
+-include bpf.mk kernels.mk bench.mk soak.mk fuzz.mk
