@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3 /usr/bin/python3 python3.14 python3.13 p
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 # Debian packages that the tests use: a compiler for tiny programs, other programs to compare with, containers to look into,
 # servers to send to.
-PACKAGES := python3-venv gcc libc6-dev util-linux procps strace forkstat runc containerd podman busybox-static \
+PACKAGES := python3-venv gcc libc6-dev util-linux procps strace forkstat runc containerd podman busybox-static systemd \
 	nats-server rsyslog openssl
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 TESTS ?= procwatch tests

@@ -65,7 +65,7 @@ def parse(data: bytes, name: str, environ: Mapping[str, str]) -> Config:
         line = data[: error.start].count(b"\n") + 1
         raise Invalid([Problem(f"{name}:{line}", "not UTF-8: TOML is always")]) from error
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
-        raise Invalid([_syntax(name, str(error))]) from error
+        raise Invalid([_syntax(name, str(error), data)]) from error
     checker = Checker(name, find_lines(text))
     checker.override(tables, environ)
     config = checker.config(tables)
@@ -83,13 +83,14 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environ if name.startswith(PREFIX) and name not in known and name != FILE_VARIABLE)
 
 
-def _syntax(name: str, message: str) -> Problem:
+def _syntax(name: str, message: str, data: bytes) -> Problem:
     """
-    tomllib ends its messages with "(at line 3, column 5)", if it knows.
+    tomllib ends its messages with "(at line 3, column 5)" or "(at end of document)".
     """
     at = re.search(r"\(at line (\d+), column \d+\)", message)
+    line = at[1] if at else len(data.splitlines()) or 1
     text = re.sub(r" \(at [^)]*\)$", "", message)
-    return Problem(f"{name}:{at[1]}" if at else name, f"not TOML: {text}")
+    return Problem(f"{name}:{line}", f"not TOML: {text}")
 
 
 def _by_line(problem: Problem) -> int:

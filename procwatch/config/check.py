@@ -218,9 +218,11 @@ class Checker:
             return None
 
     def _refuse(self, place: Place, value: Any, why: str) -> None:
-        key = str(place[-1])
-        said = '"..."' if _SECRET.search(key) else shown(value)
-        self._tell(place, f"{key} = {said} cannot be: {why}")
+        self._tell(place, f"{self._said(str(place[-1]), value)} cannot be: {why}")
+
+    @staticmethod
+    def _said(key: str, value: Any) -> str:
+        return f"{key} = " + ('"..."' if _SECRET.search(key) else shown(value))
 
     def _tell(self, place: Place, what: str) -> None:
         for end in range(len(place), 0, -1):

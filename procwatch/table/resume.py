@@ -27,8 +27,9 @@ def go_on(process: Process, now: Details) -> bool:
     if same and _agree(process.argv, now.argv):
         inherit(before, now, _KEPT, inferred=False)
         now.inspected = before.inspected
-        if now.argv is None:
+        if now.argv is None and process.argv is not None:  # a source in the kernel told it of this process alone
             now.argv, now.argv_truncated = process.argv, process.argv_truncated
+            now.missing = {name: why for name, why in now.missing.items() if name != "argv"}
     process.set_details(now)
     return same
 
