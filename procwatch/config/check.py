@@ -28,7 +28,7 @@ PREFIX = "PROCWATCH_"
 _GIVEN = ("encode", "events", "keep")
 # These have a check of their own.
 _OWN = ("events", "buffer", "filter", "sinks", "metrics")
-_SECRET = re.compile("password|token|secret|credential")
+_SECRET = re.compile("password|token|secret|headers")
 _BAD = object()
 T = TypeVar("T")
 
