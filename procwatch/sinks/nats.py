@@ -407,7 +407,7 @@ class NatsSink(OutboxSink):
         if len(body) + 256 > limit:  # with its headers
             self._failures += 1
             self._error = f"an event of {len(body)} bytes is larger than the server's max_payload of {limit}"
-            self._drop([record])
+            self._reject([record])
             self._stored.add(self._next)
             self._news.set()
         else:
@@ -428,7 +428,7 @@ class NatsSink(OutboxSink):
             if error.get("err_code") == _TOO_LARGE:
                 self._failures += 1
                 self._error = str(error.get("description"))
-                self._drop([self._under_way[number - self._head]])
+                self._reject([self._under_way[number - self._head]])
                 self._stored.add(number)
             else:
                 self._refused_by = str(error.get("description") or f"no stream takes {self._subject}")

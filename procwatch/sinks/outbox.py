@@ -58,6 +58,7 @@ class OutboxSink(QueueSink):
         self._outbox: Outbox = Memory(WINDOW)
         self._spool: Spool | None = None
         self._confirmed = 0
+        self._rejected = 0  # of these, records that the other end does not want
         self._unsent: list[Record] = []  # read and not confirmed
         self._retry_s = FIRST_RETRY_S
         self._retry_at = 0.0
@@ -70,7 +71,11 @@ class OutboxSink(QueueSink):
         dropped = stats.dropped + (self._spool.dropped if self._spool is not None else 0)
         pending = stats.pending + self._outbox.pending
         return structs.replace(
-            stats, written=self._confirmed, dropped=dropped, pending=pending, peak=max(stats.peak, pending)
+            stats,
+            written=self._confirmed - self._rejected,
+            dropped=dropped,
+            pending=pending,
+            peak=max(stats.peak, pending),
         )
 
     def _open(self) -> None:
@@ -104,6 +109,13 @@ class OutboxSink(QueueSink):
         self._confirmed += count
         self._retry_s = FIRST_RETRY_S
 
+    def _reject(self, records: list[Record]) -> None:
+        """
+        Drop what the other end will never take: it is told as lost, and must be confirmed all the same.
+        """
+        self._drop(records)
+        self._rejected += len(records)
+
     def _back_off(self) -> None:
         """
         Try again later, each time later, and not all hosts at once.
@@ -129,21 +141,24 @@ class SenderSink(OutboxSink):
         try:
             while not self._abandoned and (records := self._unsent or self._outbox.read(BATCH)):
                 self._unsent = records
-                self._send(records)
-                self._confirm(len(records))
-                self._unsent = []
+                done = self._send(records)
+                self._confirm(done)
+                self._unsent = records[done:]
                 self._fill()
         except OSError as error:
             self._fail(error)
             self._back_off()
 
     @abstractmethod
-    def _send(self, records: list[Record]) -> None:
+    def _send(self, records: list[Record]) -> int:
         """
         Send records and wait until the other end has them.
 
+        Returns:
+            How many it has, from the first one on; at least one.
+
         Raises:
-            OSError: Not all could be sent: all of them are sent again later.
+            OSError: None: they are sent again later.
         """
 
     def _sleep(self) -> None:
