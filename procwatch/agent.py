@@ -59,6 +59,7 @@ class Agent:
         self._outlets = Outlets(maker, self._log)
         self._exporter = Exporter(self.vitals, self._log)
         self._notifier = Notifier(environ)
+        self._running = False
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reloading = asyncio.Lock()
@@ -75,6 +76,8 @@ class Agent:
         """
         for name in configuration.unknown_variables(self._environ):
             self._log.warning("no option is called like this environment variable", name=name)
+        # Before all else and until the end: by default this signal would end us.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         watcher = self._watcher
         sources = watcher.open()
         try:
@@ -84,9 +87,11 @@ class Agent:
                 await self._exporter.change(self.config.metrics)
                 await self._watch()
             finally:
+                self._ended.set()
                 self._notifier.stopping()
-                await self._exporter.change(None)
-                await self._outlets.close(self.config.drain_s)
+                async with self._reloading:  # a sink that is being replaced gets all that waits for it
+                    await self._exporter.change(None)
+                    await self._outlets.close(self.config.drain_s)
         finally:
             watcher.close()
             for task in self._tasks:
@@ -106,13 +111,13 @@ class Agent:
             self._log.info("skipped", name=skipped.name, reason=skipped.reason, remedy=skipped.remedy)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self.reload()))
+        self._running = True
         try:
             self._notifier.ready(self._status())
             self._spawn(self._look_after())
             await self._ended.wait()
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
 
     def _stop(self) -> None:
@@ -125,6 +130,10 @@ class Agent:
             signal.signal(number, signal.SIG_DFL)
         self._log.info("stopping")
         self._watcher.stop()
+
+    def _hang_up(self) -> None:
+        if self._running and not self._ended.is_set():
+            self._spawn(self.reload())
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

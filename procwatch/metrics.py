@@ -84,7 +84,9 @@ FAMILIES: dict[str, _Family] = {
     "procwatch_sink_failures_total": _Family(_C, "Times that writing or connecting failed.", ("sink",)),
     "procwatch_sink_pending": _Family(_G, "Events that wait, in memory and in the spool.", ("sink",)),
     "procwatch_sink_pending_peak": _Family(_G, "Most that ever waited.", ("sink",)),
-    "procwatch_sink_latency_seconds": _Family(_H, "From the kernel's stamp until the event was written.", ("sink",)),
+    "procwatch_sink_latency_seconds": _Family(
+        _H, "From the kernel's stamp until the event was written, or in the outbox of a network sink.", ("sink",)
+    ),
     "procwatch_cpu_seconds_total": _Family(_C, "CPU time of the agent.", ("mode",)),
     "procwatch_resident_memory_bytes": _Family(_G, "Resident memory of the agent."),
     "procwatch_open_files": _Family(_G, "Descriptors that the agent has open."),

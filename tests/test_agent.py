@@ -193,6 +193,17 @@ class TestReload:
         assert lines(moved)[0]["event"] == "ready"
         assert lines(path)[-1]["event"] == "stop"
 
+    def test_at_the_end(self, tmp_path: Path, sink: str):
+        """
+        A SIGHUP while it stops does not end it early.
+        """
+        with agent(tmp_path, sink) as running:
+            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+                running.process.send_signal(number)
+            assert running.process.wait(30) == 0
+
+        assert lines(tmp_path / "events.jsonl")[-1]["event"] == "stop"
+
     def test_problems_change_nothing(self, tmp_path: Path, sink: str, tiny: Path):
         """
         A file that cannot be, or a sink that cannot begin, leaves what was before; both are said.
