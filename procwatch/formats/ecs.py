@@ -36,7 +36,7 @@ _CHANGE = ["change"]
 # Fields of processes that the schema has a place for, or that stand elsewhere. All others go below `procwatch`.
 _MAPPED = frozenset({
     "time", "host", "id", "pid", "ppid", "argv", "parent", "exe", "cwd", "uid", "gid", "euid", "egid", "user",
-    "session", "container", "hash", "ns_pid", "ancestors", "code", "duration_ns", "errno", "error",
+    "session", "container", "hash", "labels", "ns_pid", "ancestors", "code", "duration_ns", "errno", "error",
 })  # fmt: skip
 _NOTHING: tuple[Any, ...] = (None, [], {})
 
@@ -68,7 +68,12 @@ def fields(event: Event) -> dict[str, Any]:
     else:
         found = _about(event, "host", ["info"])
         found["procwatch"] = _agent(event)
+    if event.labels is not None:
+        found["labels"] = event.labels
+        found.get("procwatch", {}).pop("labels", None)
     found["@timestamp"] = event.time
+    if event.labels is not None:
+        found["labels"] = event.labels
     found["ecs"] = {"version": VERSION}
     found["host"] = {"name": event.host, "hostname": event.host, "os": {"type": "linux"}}
     if isinstance(event, events.Ready):
@@ -182,7 +187,7 @@ def _agent(event: Event) -> dict[str, Any]:
     """
     What ready, lost and stop tell, under its own names.
     """
-    known = {name: getattr(event, name) for name in event.__struct_fields__ if name not in ("time", "host")}
+    known = {name: getattr(event, name) for name in event.__struct_fields__ if name not in ("time", "host", "labels")}
     return _known(**known)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from msgspec import structs
+from msgspec import structs
 
 from procwatch.events import Event, ProcessEvent
 from procwatch.formats import ecs
@@ -44,11 +46,13 @@ FIELDS = {
     "host.name": "keyword",
     "host.os.kernel": "keyword",
     "host.os.type": "keyword",
+    "labels": "object",
     "orchestrator.namespace": "keyword",
     "orchestrator.resource.id": "keyword",
     "orchestrator.resource.name": "keyword",
     "orchestrator.resource.type": "keyword",
     "orchestrator.type": "keyword",
+    "labels": "object",
     "process.args": "keyword",
     "process.args_count": "long",
     "process.command_line": "wildcard",
@@ -175,6 +179,15 @@ def test_what_is_not_known_is_left_out_and_said_why():
     assert fields["procwatch"]["missing"] == {"exe": "exited", "argv": "exited"}
 
 
+def test_labels_are_labels():
+    """
+    The schema has a place for them, for every kind.
+    """
+    for event in EVENTS:
+        assert decoded(structs.replace(event, labels={"team": "shop"}))["labels"] == {"team": "shop"}
+        check(structs.replace(event, labels={"team": "shop"}))
+
+
 def test_exact_bytes_are_kept():
     """
     In `procwatch.raw`, as in native lines.
@@ -182,3 +195,14 @@ def test_exact_bytes_are_kept():
     event = EVENTS[3]
     assert isinstance(event, ProcessEvent)
     assert decoded(event)["procwatch"]["raw"] == event.raw
+
+
+def test_labels():
+    """
+    The agent's labels stand where ECS has them, and only there.
+    """
+    for event in EVENTS:
+        found = ecs.fields(structs.replace(event, labels={"site": "fra1"}))
+
+        assert found["labels"] == {"site": "fra1"}
+        assert "labels" not in found.get("procwatch", {})
