@@ -52,7 +52,12 @@ def needed(sources: list[str], release: str) -> frozenset[str]:
     (['CAP_BPF', 'CAP_DAC_READ_SEARCH', 'CAP_SYS_PTRACE'], ['CAP_DAC_READ_SEARCH', 'CAP_SYS_PTRACE'])
     """
     major, minor = (int("".join(filter(str.isdecimal, part)) or 0) for part in release.split(".")[:2])
-    return KEPT | {"CAP_BPF"} if "ebpf" in sources and (major, minor) < BPF_READERS else KEPT
+    kept = set(KEPT)
+    if "ebpf" in sources and (major, minor) < BPF_READERS:
+        kept.add("CAP_BPF")
+    if "hold" in sources:  # its process is root's, and one that does not leave must be ended
+        kept.add("CAP_KILL")
+    return frozenset(kept)
 
 
 def drop(keep: frozenset[str], user: str = "") -> list[str]:
