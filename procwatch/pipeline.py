@@ -26,7 +26,9 @@ from procwatch import __version__
 from procwatch.enrich.inspector import Inspector
 from procwatch.errors import ConfigError
 from procwatch.events import DEFAULT_KINDS, Container, ContainerEvent, Event, Lost, ProcessEvent, Ready, Skipped, Stop
+from procwatch.express import Express, Written
 from procwatch.facts import REPLACED, Alive, Details, Exec, Fact, Thread
+from procwatch.formats.native import Lines
 from procwatch.policy.filter import Predicate
 from procwatch.sources import procfs
 from procwatch.sources.base import Source, SourceStats
@@ -175,6 +177,8 @@ class Pipeline:
         self._inspector = inspector
         self._held: deque[tuple[int, Event | Draft]] = deque()
         self._kinds = frozenset(kinds)
+        self._ancestors = ancestors
+        self._express: Express | None = None
         self.finished = False
         self._limit = limit
         self._strict = strict
@@ -208,11 +212,31 @@ class Pipeline:
         now = self.clock.now_ns()
         return self._show(self.table.flush_drafts(now), now)
 
+    def express(self, lines: Lines | None) -> None:
+        """
+        From now on write lines at once where that is possible, or no more: see Express.
+        """
+        odd = (self._keep, self._under, self._inspector, self._limit)
+        possible = (
+            [source.name for source in self.sources] == ["ebpf"]
+            and "exec" in self._kinds
+            and not ("fork" in self._kinds or self._ancestors or self._name_wait_ns or self._hash_wait_ns or self._held)
+            and all(wish is None for wish in odd)
+        )
+        self._express = None
+        if possible and lines is not None:
+            self._express = Express(self.table, self.maker, lines, tells_exit="exit" in self._kinds)
+
     def turn(self) -> list[Event | Draft]:
         """
         Take what the kernel has now, and give the events that are decided.
         """
-        facts = self._take()
+        written: list[Event | Draft] = []
+        if self._express is None:
+            facts = self._take()
+        else:
+            facts = self.sources[0].read()
+            written = self._express.take(facts)
         self._read_until_ns = facts[-1].time_ns if facts else NEVER_NS
         now = self.clock.now_ns()
         if self.table.lost != self._lost:
@@ -222,7 +246,8 @@ class Pipeline:
         if now >= self._resync_ns:
             self._resync_ns, self._resynced_ns = NEVER_NS, now
             self._put_right(now)
-        return self._show(self.table.flush_drafts(now), now)
+        drafts = self.table.flush_drafts(now)
+        return self._show(written + drafts if written else drafts, now)
 
     def _take(self) -> list[Fact]:
         """
@@ -291,6 +316,7 @@ class Pipeline:
         From now on show what `keep` keeps, and wait so long for names.
         """
         self._keep, self._name_wait_ns = keep, name_wait_ns
+        self._express = None
 
     def announce(self, containers: list[tuple[Container, str]]) -> list[Event | Draft]:
         """
@@ -432,6 +458,10 @@ class Pipeline:
         for at, event in enumerate(events):
             if self.finished:
                 return events[:at]
+            if type(event) is Written:
+                counts["exec"] = counts.get("exec", 0) + event.execs
+                counts["exit"] = counts.get("exit", 0) + event.exits
+                continue
             counts[event.event] = counts.get(event.event, 0) + 1
             if self._limit is not None and type(event) not in _UNLIMITED:
                 self._limit -= 1

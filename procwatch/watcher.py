@@ -22,6 +22,7 @@ from procwatch.enrich.runtimes import Roots
 from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, Running, Stop, Vanished
 from procwatch.facts import Alive
+from procwatch.formats.native import Lines
 from procwatch.pipeline import Pipeline, Stats
 from procwatch.policy.filter import Predicate
 from procwatch.sources import procfs, select
@@ -241,6 +242,7 @@ class Watcher:
         self._subscriptions: list[Subscription] = []
         self._sinks: list[Sink] = []
         self._draft_sinks: list[DraftSink] = []
+        self._lines: Lines | None = None
         self._default: Subscription | None = None
         self._exits: OrderedDict[str, Draft] = OrderedDict()
         self._waiting: dict[int, list[asyncio.Future[Draft | None]]] = {}  # by pid: an id may be corrected by a tick
@@ -331,6 +333,7 @@ class Watcher:
                 hash_wait_ns=self._hash_wait_ns,
                 inspector=self._inspector,
             )
+            self._pipeline.express(self._lines)
             self._default = None if self._sinks or self._draft_sinks else self.subscribe()
             before = state.processes if state is not None else ()
             self._give(self._pipeline.start(initial=self._initial, before=before, alive=alive))
@@ -577,6 +580,7 @@ class Watcher:
         """
         subscription = Subscription(self, queue or self._queue)
         self._subscriptions.append(subscription)
+        self._need_events()
         return subscription
 
     def add_sink(self, sink: Sink) -> None:
@@ -585,12 +589,28 @@ class Watcher:
         nobody needs to iterate.
         """
         self._sinks.append(sink)
+        self._need_events()
 
-    def add_draft_sink(self, sink: DraftSink) -> None:
+    def add_draft_sink(self, sink: DraftSink, lines: Lines | None = None) -> None:
         """
         The same for a sink that can write drafts, which `maker` makes events of.
+
+        Args:
+            sink: Called with each batch.
+            lines: What it writes them with. If all others want the same, it may get lines that are written already.
         """
+        self._lines = lines if not (self._draft_sinks or self._sinks or self._subscriptions) else None
         self._draft_sinks.append(sink)
+        if self._lines is None:
+            self._need_events()
+
+    def _need_events(self) -> None:
+        """
+        No more lines without events: somebody wants these.
+        """
+        self._lines = None
+        if self._pipeline is not None:
+            self._pipeline.express(None)
 
     def on_end(self, call: Callable[[], None]) -> None:
         """
@@ -609,6 +629,7 @@ class Watcher:
         """
         if "exit" not in self._kinds:
             raise ConfigError("wait_exit() needs the kind 'exit' among the watcher's kinds")
+        self._need_events()
         ended: Draft | None = self._exits.get(id)
         if ended is None:
             parts = id.split("-")

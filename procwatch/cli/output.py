@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import Event
 from procwatch.policy.filter import Filter
 from procwatch.table.draft import Draft, Maker
+
+if TYPE_CHECKING:
+    from procwatch.formats.native import Lines
 
 FORMATS = ("auto", "json", "console")
 Encode = Callable[[Event | Draft, bytearray], None]
@@ -56,15 +59,25 @@ def take_filter(options: dict[str, Any]) -> Filter:
     return Filter(**{name: options.pop(name) for name, _, _ in _FILTERS})
 
 
+def native_lines(form: str, fd: int, maker: Maker) -> Lines | None:
+    """
+    The writer of native JSON, if that is the format; `auto` asks the descriptor.
+    """
+    if form != "json" and (form != "auto" or os.isatty(fd)):
+        return None
+    from procwatch.formats import native
+
+    return native.Lines(maker)
+
+
 def encoder(form: str, fd: int, maker: Maker, *, indent: bool = False) -> Encode:
     """
-    The writer of one format; `auto` asks the descriptor.
+    The writer of one format.
     """
+    lines = native_lines(form, fd, maker)
+    if lines is not None:
+        return lines.encode_into
     terminal = os.isatty(fd)
-    if form == "json" or (form == "auto" and not terminal):
-        from procwatch.formats import native
-
-        return native.Lines(maker).encode_into
     from procwatch.formats.console import Console
 
     console = Console(colour=terminal and not os.environ.get("NO_COLOR"), indent=indent)

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from procwatch import tune
-from procwatch.cli.output import cannot_write, encoder, filter_options, format_option, opened, take_filter
+from procwatch.cli.output import cannot_write, encoder, filter_options, format_option, native_lines, opened, take_filter
 from procwatch.events import DEFAULT_KINDS, KINDS
 from procwatch.sinks.stream import StreamSink
 from procwatch.sources.select import BACKENDS, OPTIONAL
@@ -118,9 +118,10 @@ async def _watch(watcher: Watcher, fd: int, form: str, tree: bool, latency_s: fl
         ended.set()
 
     maker = watcher.maker
-    encode = encoder(form, fd, maker, indent=tree)
+    lines = native_lines(form, fd, maker)
+    encode = lines.encode_into if lines is not None else encoder(form, fd, maker, indent=tree)
     sink = StreamSink(fd, encode, maker, latency_s=latency_s, on_closed=ended.set, on_error=broken)
-    watcher.add_draft_sink(sink)
+    watcher.add_draft_sink(sink, lines)
     watcher.on_end(ended.set)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _stop, watcher, loop)

@@ -74,11 +74,11 @@ class Lines:
     def _line(self, draft: Draft) -> bytes:
         ns = draft.time_ns - self.second_ns
         if not 0 <= ns < 1_000_000_000:
-            ns = self.turn_second(draft.time_ns)
+            ns = self.since_second(draft.time_ns)
         who, details, tail = draft.who, draft.details, draft.tail
         context = details.line
         if context is None or details.named != self._maker.names.generation:
-            context = self._context(details)
+            context = self.context(details)
         known = _CLEAR
         if draft.missing or draft.inferred:
             known = b"," + _encode(_Marks(draft.missing, draft.inferred))[1:-1]
@@ -99,7 +99,10 @@ class Lines:
         who.line = _encode(who)[1:-1]
         return who.line
 
-    def _context(self, d: Details) -> bytes:
+    def context(self, d: Details) -> bytes:
+        """
+        What and where, as it stands in each line of a process that has these details.
+        """
         container, unit, unit_user = self._maker.names.place(d.cgroup)
         context = _Context(
             d.exe, d.exe_deleted, d.file, d.script, d.comm, d.cwd, d.uid, d.gid, d.euid, d.egid,
@@ -112,13 +115,15 @@ class Lines:
         d.named = self._maker.names.generation if d.hash is None or d.hash.done else 0
         return d.line
 
-    def turn_second(self, time_ns: int) -> int:
+    def since_second(self, time_ns: int) -> int:
         """
         Nanoseconds since the wall clock's last full second, which from now on is the one of the heads.
         """
-        offset = self._maker.clock.offset_ns
-        self.second_ns = (time_ns + offset) // 1_000_000_000 * 1_000_000_000 - offset
-        self._heads.clear()
+        ns = time_ns - self.second_ns
+        if not 0 <= ns < 1_000_000_000:
+            offset = self._maker.clock.offset_ns
+            self.second_ns = (time_ns + offset) // 1_000_000_000 * 1_000_000_000 - offset
+            self._heads.clear()
         return time_ns - self.second_ns
 
     def head(self, kind: type[ProcessEvent]) -> bytes:

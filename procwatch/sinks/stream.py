@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 
 from procwatch.events import Event, Lost, Stop
+from procwatch.express import Written
 from procwatch.table.draft import Draft, Maker
 
 MAX_PENDING = 64 << 20
@@ -73,8 +74,12 @@ class StreamSink:
             if len(buffer) > MAX_PENDING and type(event) is not Stop:
                 self._drop(event)
                 continue
-            self._tell_dropped()
-            self._encode_into(event, buffer)
+            if self._dropped is not None:
+                self._tell_dropped()
+            if type(event) is Written:
+                buffer += event.data
+            else:
+                self._encode_into(event, buffer)
         if self._waiting or self._timer is not None:
             return
         wait = self._last + self._latency_s - self._loop.time()
@@ -150,14 +155,15 @@ class StreamSink:
 
     def _drop(self, item: Event | Draft) -> None:
         event = self._maker.event(item)
-        self.lost += 1
+        count, until = (event.count, event.until) if isinstance(event, Written) else (1, event.time)
+        self.lost += count
         first = self._dropped
         self._dropped = Lost(
-            time=event.time,
+            time=until,
             host=event.host,
-            count=1 + (first.count if first is not None else 0),
+            count=count + (first.count if first is not None else 0),
             exact=True,
             where="sink",
             since=first.since if first is not None else event.time,
-            until=event.time,
+            until=until,
         )

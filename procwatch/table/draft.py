@@ -32,6 +32,7 @@ class Who(Struct, gc=False, omit_defaults=True):
     ns_pid: int | None = None
     ancestors: list[Parent] | None = None
     line: bytes | None = None  # formats': this, as it stands in a line of output
+    plain: bytes | None = None  # procwatch.express: the same, if nothing is out of the ordinary
 
 
 class Forked(Struct, frozen=True, omit_defaults=True):

@@ -103,7 +103,7 @@ class Table:
         self.processes: dict[int, Process] = {}
         self.lost = 0
         self.started_ns = 0
-        self._boot = boot
+        self.boot = boot
         self.maker = maker
         self._kinds = frozenset(kinds)
         self._tells_fork, self._tells_exec, self._tells_exit = (
@@ -304,7 +304,7 @@ class Table:
         inferred = start is None
         if start is None:
             start = ticks(fact.time_ns)
-        process = make(pid, start, process_id(self._boot, pid, start), parent, details)
+        process = make(pid, start, process_id(self.boot, pid, start), parent, details)
         process.ppid = fact.ppid
         process.inherited = fact.details is None
         process.start_inferred = inferred
@@ -373,7 +373,7 @@ class Table:
             process = None
         if process is None:
             parent = self.processes.get(ppid or 0)
-            process = make(pid, start, f"{self._boot}-{pid}-{start}", parent, details)
+            process = make(pid, start, f"{self.boot}-{pid}-{start}", parent, details)
             process.ppid = ppid
             process.born_ns = start_ns
             self.processes[pid] = process
@@ -418,7 +418,7 @@ class Table:
         if parent is None or start is None:
             process = self._unknown(fact.pid, start, changed(_NOBODY, ppid=fact.ppid, comm=fact.comm))
         else:
-            process = make(fact.pid, start, process_id(self._boot, fact.pid, start), parent, parent.details)
+            process = make(fact.pid, start, process_id(self.boot, fact.pid, start), parent, parent.details)
             process.inherited = True
         process.born_ns = fact.start_ns or 0
         return process
@@ -554,7 +554,7 @@ class Table:
         return process
 
     def _unknown(self, pid: int, start: int | None, details: Details) -> Process:
-        process = make(pid, start or 0, process_id(self._boot, pid, start or 0), None, details)
+        process = make(pid, start or 0, process_id(self.boot, pid, start or 0), None, details)
         if start is None:
             details.missing = {**details.missing, "id": LOST}
         return process
@@ -693,7 +693,7 @@ class Table:
     def _set_start(self, process: Process, start: int) -> None:
         if start != process.start_ticks:
             process.start_ticks = start
-            process.id = process_id(self._boot, process.pid, start)
+            process.id = process_id(self.boot, process.pid, start)
             process.view = process.who = None
         process.start_inferred = False
 

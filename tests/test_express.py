@@ -1,0 +1,210 @@
+"""
+The short way from facts to lines gives what the general way gives, to the byte, and leaves the same table.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from operator import attrgetter
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from procwatch.clock import Clock
+from procwatch.events import Event
+from procwatch.express import Express, Written
+from procwatch.facts import Alive, Details, Fact
+from procwatch.formats.native import Lines
+from procwatch.table.draft import Draft, Maker
+from procwatch.table.process import Process
+from procwatch.table.table import Table
+from procwatch.wire.bpf_event import Decoder
+
+CAPTURE = (Path(__file__).parent / "captures" / "bpf_ring-6.18.bin").read_bytes()
+TICK = 10_000_000
+PIDS = range(10, 15)
+# Two processes are there from the start: an ordinary one, and one whose name is not UTF-8.
+SHELL, ODD = 5, 6
+EXEC, FORK, EXIT, FAILED = 1, 2, 3, 5
+
+
+def record(kind: int, pid: int, time_ns: int, start_ns: int, ppid: int, extra: int, body: bytes) -> bytes:
+    """
+    A record of the ring.
+    """
+    content = struct.pack("<IIQQII", kind, pid, time_ns, start_ns, ppid, extra) + body
+    return struct.pack("<II", len(content), 0) + content + bytes(-len(content) % 8)
+
+
+def shared(exe: bytes, comm: bytes, flags: int) -> bytes:
+    """
+    What execs have in common.
+    """
+    names = (exe[::-1] + b"\0bin\0", b"tmp\0", b"a.slice\0", b"./" + exe)
+    head = struct.pack("<QQQ8I32s16s4H", 3, 4, 5, 0, 0, 0, 0, 0xFFFFFFFF, 1, 0, flags, b"", comm, *map(len, names))
+    return head + b"".join(names)
+
+
+often = st.integers(0, 9).map(lambda number: number < 8)
+
+
+@st.composite
+def one_record(draw: st.DrawFn, time_ns: int) -> bytes:
+    """
+    Any record, ordinary ones more often.
+    """
+    kind = draw(st.sampled_from([EXEC] * 4 + [EXIT] * 4 + [FORK, FAILED]))
+    pid = draw(st.sampled_from(PIDS))
+    start_ns = TICK * (pid if draw(often) else draw(st.integers(1, 3)))
+    ppid = SHELL if draw(often) else draw(st.sampled_from([ODD, 99, 2, *PIDS]))
+    if kind == FORK:
+        return record(kind, pid, time_ns, start_ns // TICK, ppid, 0, b"")
+    if kind == FAILED:
+        return record(kind, pid, time_ns, start_ns, ppid, 3, struct.pack("<II", 2, 0) + b"/no")
+    if kind == EXIT:
+        status = draw(st.sampled_from([0, 0, 0, 1 << 8, 77 << 8, 11, 0x8B, 9]))
+        rss = draw(st.sampled_from([0, 7]))
+        times = draw(st.sampled_from([(0, 0, 5), (4, 4, 6), (0, 3, 9)]))
+        return record(
+            kind, pid, time_ns, start_ns, ppid, 0, struct.pack("<QQQQQII16s", *times, rss, 0, status, 0, b"c")
+        )
+    names = draw(
+        st.sampled_from([(b"x", b"x", 0)] * 4 + [(b"\xff", b"x", 0), (b"y", b"\xfe", 0), (b"z", b"z", 1 << 6 | 1)])
+    )
+    common = shared(*names)
+    argv = draw(st.sampled_from([b"x\0", b"x\0-l\0", 'ä"\\\n\x1b\0'.encode(), b"\0", b""]) | st.binary(max_size=6))
+    flags = draw(st.sampled_from([4] * 6 + [0, 1, 2, 6]))
+    ns_pid = pid if draw(often) else draw(st.integers(1, 3))
+    own = struct.pack("<QIIII", 10, ns_pid, len(argv), 0 if draw(often) else 8192, len(common))
+    return record(kind, pid, time_ns, start_ns, ppid, flags, own + common + argv)
+
+
+@st.composite
+def rings(draw: st.DrawFn) -> list[bytes]:
+    """
+    The bytes of a few drains, with records a little out of order, across the turn of a second.
+    """
+    drains = []
+    time_ns = 999_999_000
+    for _ in range(draw(st.integers(1, 4))):
+        records = []
+        for _ in range(draw(st.integers(0, 12))):
+            time_ns += draw(st.integers(1, 400))
+            records.append(draw(one_record(time_ns - draw(st.sampled_from([0, 0, 300])))))
+        drains.append(b"".join(records))
+    return drains
+
+
+def decoded(drains: Iterable[bytes]) -> list[list[Fact]]:
+    """
+    Facts as the source gives them.
+    """
+    decoder = Decoder()
+    batches = []
+    for data in drains:
+        facts: list[Fact] = []
+        decoder.decode(data, 0, len(data), facts)
+        facts.sort(key=attrgetter("time_ns"))
+        batches.append(facts)
+    return batches
+
+
+class Way:
+    """
+    A table with what writes its lines.
+    """
+
+    def __init__(self, kinds: tuple[str, ...], *, express: bool) -> None:
+        self.maker = Maker("host", Clock(offset_ns=0))
+        self.lines = Lines(self.maker)
+        self.table = Table(boot="0123abcd", maker=self.maker, kinds=kinds)
+        known = [
+            Alive(1, SHELL, Details(ppid=1, start_ticks=1, exe="/bin/sh", comm="sh", argv=["sh"])),
+            Alive(1, ODD, Details(ppid=1, start_ticks=1, exe="/bin/\udcff", comm="\udcfe", argv_truncated=True)),
+        ]
+        self.table.snapshot(known, 1, tell=False)
+        self.express = Express(self.table, self.maker, self.lines, tells_exit="exit" in kinds) if express else None
+        self.short = 0
+
+    def drafts(self, facts: list[Fact]) -> list[Event | Draft]:
+        """
+        What comes of a batch.
+        """
+        if self.express is not None:
+            return self.express.take(facts)
+        self.table.apply(facts)
+        return self.table.flush_drafts(0)
+
+    def write(self, batches: list[list[Fact]]) -> bytes:
+        """
+        The lines.
+        """
+        out = bytearray()
+        for facts in batches:
+            for item in self.drafts(facts):
+                if isinstance(item, Written):
+                    assert item.data.count(b"\n") == item.count
+                    assert item.time <= item.until
+                    self.short += item.count
+                    out += item.data
+                else:
+                    self.lines.encode_into(item, out)
+        return bytes(out)
+
+    def state(self) -> dict[int, dict[str, object]]:
+        """
+        All that the table knows.
+        """
+        return {pid: self._known(process) for pid, process in self.table.processes.items()}
+
+    @staticmethod
+    def _known(process: Process) -> dict[str, object]:
+        # Without what is kept only because it was written once.
+        details = structs.replace(process.details, line=None, named=0, unread=None)
+        parent = process.parent.id if process.parent is not None else None
+        return structs.asdict(process) | {"details": details, "parent": parent, "who": None, "view": None}
+
+
+@given(rings(), st.sampled_from([("exec", "exit"), ("exec",), ("exec", "vanished"), ("exec", "exit", "exec_failed")]))
+@settings(max_examples=200, deadline=None)
+def test_both_ways_give_the_same(drains: list[bytes], kinds: tuple[str, ...]):
+    """
+    Whatever comes, in whatever order.
+    """
+    general, short = Way(kinds, express=False), Way(kinds, express=True)
+
+    assert short.write(decoded(drains)) == general.write(decoded(drains))
+    assert short.state() == general.state()
+
+
+def test_a_real_ring():
+    """
+    Records of real processes, as the kernel wrote them.
+    """
+    general, short = Way(("exec", "exit"), express=False), Way(("exec", "exit"), express=True)
+
+    assert short.write(decoded([CAPTURE])) == general.write(decoded([CAPTURE]))
+
+
+def test_the_ordinary_goes_the_short_way():
+    """
+    An exec of a new process and its end, whoever else did something odd in between.
+    """
+    common = shared(b"x", b"x", 0)
+    own = struct.pack("<QIIII", 10, 10, 2, 0, len(common)) + common + b"x\0"
+    usage = struct.pack("<QQQQQII16s", 0, 0, 5, 7, 0, 0, 0, b"x")
+    ring = b"".join(
+        [
+            record(EXEC, 10, 100, 50, SHELL, 4, own),
+            record(EXEC, 11, 200, 60, ODD, 4, own),
+            record(EXIT, 11, 300, 60, ODD, 0, usage),
+            record(EXIT, 10, 400, 50, SHELL, 0, usage),
+        ]
+    )
+    short = Way(("exec", "exit"), express=True)
+
+    assert short.write(decoded([ring])) == Way(("exec", "exit"), express=False).write(decoded([ring]))
+    assert short.short == 2
