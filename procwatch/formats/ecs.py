@@ -70,10 +70,6 @@ def fields(event: Event) -> dict[str, Any]:
         found["procwatch"] = _agent(event)
     if event.labels is not None:
         found["labels"] = event.labels
-        found.get("procwatch", {}).pop("labels", None)
-    found["@timestamp"] = event.time
-    if event.labels is not None:
-        found["labels"] = event.labels
     found["ecs"] = {"version": VERSION}
     found["host"] = {"name": event.host, "hostname": event.host, "os": {"type": "linux"}}
     if isinstance(event, events.Ready):

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from msgspec import structs
-from msgspec import structs
 
 from procwatch.events import Event, ProcessEvent
 from procwatch.formats import ecs
@@ -52,7 +51,6 @@ FIELDS = {
     "orchestrator.resource.name": "keyword",
     "orchestrator.resource.type": "keyword",
     "orchestrator.type": "keyword",
-    "labels": "object",
     "process.args": "keyword",
     "process.args_count": "long",
     "process.command_line": "wildcard",
@@ -177,15 +175,6 @@ def test_what_is_not_known_is_left_out_and_said_why():
     fields = decoded(EVENTS[2])
     assert not {"executable", "args", "user"} & set(fields["process"])
     assert fields["procwatch"]["missing"] == {"exe": "exited", "argv": "exited"}
-
-
-def test_labels_are_labels():
-    """
-    The schema has a place for them, for every kind.
-    """
-    for event in EVENTS:
-        assert decoded(structs.replace(event, labels={"team": "shop"}))["labels"] == {"team": "shop"}
-        check(structs.replace(event, labels={"team": "shop"}))
 
 
 def test_exact_bytes_are_kept():
