@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from procwatch.errors import DecodeError
 from procwatch.facts import (
@@ -46,6 +46,7 @@ _AFTER_HEAD = _HEAD.size
 _EXEC = struct.Struct(_HEAD.format + "QIIII")
 # utime, stime, runtime, rss, maxrss; status; comm
 _EXIT = struct.Struct(_HEAD.format + "QQQQQI4x16s")
+_EXEC_SIZE, _EXIT_SIZE = _EXEC.size, _EXIT.size - RING_HEADER
 _FAILED = struct.Struct(_HEAD.format + "I4x")
 # inode, size, dev; uid gid euid egid auid session tty flags; namespaces; comm; lengths of exe, cwd, cgroup, file
 _SHARED = struct.Struct("<QQQ8I32s16s4H")
@@ -57,6 +58,7 @@ _CACHE = 4096  # entries; a full cache is emptied, which is cheaper than keeping
 _PARTS = 64  # processes whose arguments are on their way
 
 Bytes = bytes | mmap.mmap  # both give bytes when sliced
+PAGESIZE = mmap.PAGESIZE
 V = TypeVar("V")
 
 
@@ -137,19 +139,54 @@ class Decoder:
         Raises:
             DecodeError: What is there is no record. `facts` has those before it.
         """
+        # What nearly all records are is decoded here and not in functions of its own: a call is a tenth of the cost.
+        unpack_exec, unpack_exit, known, comms = _EXEC.unpack_from, _EXIT.unpack_from, self._details, self._comms
+        add, peaks, last, last_key = facts.append, self._peaks, None, b""
         try:
             while at < end and limit > 0:
                 state, kind = data[at + 3], data[at + 8]  # the byte with the busy bit; the kind's low byte
-                if state & _BUSY_BYTE:
-                    break
-                if state & _DISCARD_BYTE:
+                if state & (_BUSY_BYTE | _DISCARD_BYTE):
+                    if state & _BUSY_BYTE:
+                        break
                     length = _HEAD.unpack_from(data, at)[0] & ~DISCARD
+                elif kind == EXIT:
+                    # fmt: off
+                    (length, pid, time, start, ppid, flags,
+                     utime, stime, runtime, peak, group_peak, status, comm) = unpack_exit(data, at)
+                    # fmt: on
+                    if not _EXIT_SIZE <= length <= end - at - RING_HEADER:
+                        _refuse(length)
+                    user, system = (runtime, 0) if not stime else cpu_times(utime, stime, runtime)
+                    # The kernel counts pages in batches for each CPU: of a very small program it may not know any.
+                    max_rss = self._late_peak(pid, group_peak) if flags & NO_MM else peak * PAGESIZE or None
+                    comm_text = comms.get(comm) or self._new_comm(comm)
+                    add(Exit(time, pid, status, Usage(user, system, max_rss), start, ppid, comm_text))
                 elif kind == EXEC:
-                    length = self._exec(data, at, end, facts)
+                    # fmt: off
+                    (length, pid, time, start, ppid, flags,
+                     peak, ns_pid, argv_here, argv_before, shared) = unpack_exec(data, at)
+                    # fmt: on
+                    shared_at = at + _EXEC_SIZE
+                    argv_at = shared_at + shared
+                    argv_end = argv_at + argv_here
+                    if not argv_end - at - RING_HEADER <= length <= end - at - RING_HEADER:
+                        _refuse(length)
+                    key = data[shared_at:argv_at]
+                    if key != last_key or last is None:  # cheaper than to look for it
+                        last, last_key = known.get(key) or self._new_details(key), key
+                    if peaks is not None:
+                        peaks[pid] = peak
+                    raw = data[argv_at:argv_end]
+                    if flags & (ARGV_CUT | ARGV_FAULT) or argv_before:
+                        argv, truncated, missing = self._odd_argv(pid, raw, flags, argv_before)
+                        add(Exec(time, pid, last, 0, start, ppid, argv, truncated, missing, ns_pid, flags & FIRST != 0))
+                    else:
+                        argv = raw.decode("utf-8", "surrogateescape").split("\0")
+                        if not argv[-1]:
+                            argv.pop()
+                        add(Exec(time, pid, last, 0, start, ppid, argv, False, None, ns_pid, flags & FIRST != 0))
                 elif kind == FORK:
                     length = self._fork(data, at, end, facts)
-                elif kind == EXIT:
-                    length = self._exit(data, at, end, facts)
                 elif kind == ARGV:
                     length = self._argv(data, at, end)
                 elif kind == EXEC_FAILED:
@@ -164,54 +201,27 @@ class Decoder:
             raise DecodeError("the padding of the last record is cut")
         return at
 
-    def _exec(self, data: Bytes, at: int, end: int, facts: list[Fact]) -> int:
-        # fmt: off
-        (length, pid, time, start, ppid, flags,
-         peak, ns_pid, argv_here, argv_before, shared) = _EXEC.unpack_from(data, at)
-        # fmt: on
-        shared_at = at + _EXEC.size
-        argv_at = shared_at + shared
-        argv_end = argv_at + argv_here
-        _check(argv_end, at, length, end)
-        key = data[shared_at:argv_at]
-        details = self._details.get(key) or self._new_details(key)
-        raw = data[argv_at:argv_end]
-        if argv_before:
+    def _odd_argv(self, pid: int, raw: bytes, flags: int, before: int) -> tuple[list[str] | None, bool, str | None]:
+        """
+        Arguments that were sent in parts, or were cut: with whether that is so, and why there are none.
+        """
+        size = before + len(raw)
+        if before:
             raw = self._parts.pop(pid, b"") + raw
-        argv: list[str] | None = raw.decode("utf-8", "surrogateescape").split("\0")
-        if not argv[-1]:  # type: ignore[index]
-            argv.pop()  # type: ignore[union-attr]
-        missing = None
-        if flags & (ARGV_CUT | ARGV_FAULT) or argv_before:
-            if len(raw) != argv_before + argv_here:
-                argv, missing = None, LOST
-            elif flags & ARGV_FAULT and not argv:
-                argv, missing = None, PAGED_OUT
-        if self._peaks is not None:
-            self._peaks[pid] = peak
-        truncated = argv is not None and flags & (ARGV_CUT | ARGV_FAULT) != 0
-        first = flags & FIRST != 0
-        facts.append(Exec(time, pid, details, 0, start, ppid, argv, truncated, missing, ns_pid, first))
-        return length  # type: ignore[no-any-return]
+        if len(raw) != size:
+            return None, False, LOST
+        argv = raw.decode("utf-8", "surrogateescape").split("\0")
+        if not argv[-1]:
+            argv.pop()
+        if flags & ARGV_FAULT and not argv:
+            return None, False, PAGED_OUT
+        return argv, flags & (ARGV_CUT | ARGV_FAULT) != 0, None
 
     def _fork(self, data: Bytes, at: int, end: int, facts: list[Fact]) -> int:
         length, pid, time, start, ppid, size = _HEAD.unpack_from(data, at)
         cgroup_at = at + _AFTER_HEAD
         _check(cgroup_at + size, at, length, end)
         facts.append(Fork(time, pid, ppid, start, path(data[cgroup_at : cgroup_at + size]) if size else None))
-        return length  # type: ignore[no-any-return]
-
-    def _exit(self, data: Bytes, at: int, end: int, facts: list[Fact]) -> int:
-        # fmt: off
-        (length, pid, time, start, ppid, flags,
-         utime, stime, runtime, peak, group_peak, status, comm) = _EXIT.unpack_from(data, at)
-        # fmt: on
-        _check(at + _EXIT.size, at, length, end)
-        user, system = (runtime, 0) if not stime else cpu_times(utime, stime, runtime)
-        # The kernel counts pages in batches for each CPU: of a very small program it may not know any.
-        max_rss = self._late_peak(pid, group_peak) if flags & NO_MM else peak * mmap.PAGESIZE or None
-        comm_text = self._comms.get(comm) or self._new_comm(comm)
-        facts.append(Exit(time, pid, status, Usage(user, system, max_rss), start, ppid, comm_text))
         return length  # type: ignore[no-any-return]
 
     def _argv(self, data: Bytes, at: int, end: int) -> int:
@@ -236,7 +246,7 @@ class Decoder:
         exec, so it is this program's own only when it has grown since.
         """
         before = self._peaks.pop(pid, None) if self._peaks is not None else None
-        return group_peak * mmap.PAGESIZE if before is not None and group_peak > before else None
+        return group_peak * PAGESIZE if before is not None and group_peak > before else None
 
     def _new_details(self, shared: bytes) -> Details:
         # One line for each group of the record: a name on a line each would be twenty-five lines.
@@ -286,7 +296,11 @@ class Decoder:
 
 def _check(inner_end: int, at: int, length: int, end: int) -> None:
     if not inner_end <= at + RING_HEADER + length <= end:
-        raise DecodeError(f"record of {length} bytes does not hold what it says")
+        _refuse(length)
+
+
+def _refuse(length: int) -> NoReturn:
+    raise DecodeError(f"record of {length} bytes does not hold what it says")
 
 
 def _remember(cache: dict[bytes, V], key: bytes, value: V) -> V:
