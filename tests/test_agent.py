@@ -186,6 +186,7 @@ class TestReload:
         """
         path, moved = tmp_path / "events.jsonl", tmp_path / "moved"
         with agent(tmp_path, sink) as running:
+            grown(path, 1)
             path.rename(moved)
             running.hang_up()
             running.stop()
