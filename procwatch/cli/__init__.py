@@ -11,8 +11,8 @@ import click
 
 from procwatch import __version__
 from procwatch.cli.agent import agent
-from procwatch.cli.config import config
 from procwatch.cli.bench import bench
+from procwatch.cli.config import config
 from procwatch.cli.doctor import doctor
 from procwatch.cli.ps import ps
 from procwatch.cli.tail import tail
