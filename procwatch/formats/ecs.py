@@ -70,6 +70,7 @@ def fields(event: Event) -> dict[str, Any]:
         found["procwatch"] = _agent(event)
     if event.labels is not None:
         found["labels"] = event.labels
+    found["@timestamp"] = event.time
     found["ecs"] = {"version": VERSION}
     found["host"] = {"name": event.host, "hostname": event.host, "os": {"type": "linux"}}
     if isinstance(event, events.Ready):
