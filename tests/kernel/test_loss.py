@@ -191,14 +191,17 @@ def test_strict_without_a_loss():
 @pytest.mark.parametrize("backend", KERNEL)
 def test_the_table_is_right_after_a_gap(backend: str, tiny: Path):
     """
-    Who ended unseen vanishes from the table, and is not told as running by a later look.
+    Who ended unseen vanishes from the table.
     """
-    with agent(backend, "--buffer", "64KiB") as running:
-        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-            running.read_until("exec", pid=process.pid)
-            with stopped(running):
-                storms.storm(str(tiny), 1000, "storm")
-                process.communicate(b"\n")
+    command = [sys.executable, "-c", "input()"]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE) as process,
+        agent(backend, "--initial", "--buffer", "64KiB") as running,
+    ):
+        running.read_until("running", pid=process.pid)
+        with stopped(running):
+            storms.storm(str(tiny), 1000, "storm")
+            process.communicate(b"\n")
         end = running.read_until("vanished", pid=process.pid)
 
     assert end["argv"][-1] == "input()"
