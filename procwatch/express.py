@@ -38,6 +38,9 @@ _EXITED = (
     _CLEAR.replace(b"{}", b'{"max_rss_bytes":"not_reported"}')
     + b',"code":%d,"signal":null,"core_dumped":false,"duration_ns":',
 )
+# Bytes are formatted with %: it is three times as quick as an f-string and encode() where there are numbers.
+_USAGE = b'%d,"cpu_user_ns":%d,"cpu_system_ns":%d,"max_rss_bytes":%d}\n'
+_USAGE_NO_RSS = _USAGE.replace(b"%d}", b"null}")
 
 _encode = Encoder().encode
 
@@ -104,10 +107,10 @@ class Express:
         Facts of one second of the wall clock.
         """
         table, lines, tells_exit, exited = self._table, self._lines, self._tells_exit, self._exited
-        processes, boot = table.processes, table.boot
+        processes, boot = table.processes, table.boot.encode()
         generation, host, second_ns = self._maker.names.generation, lines.host, lines.second_ns
         exec_head, exit_head = lines.head(events.Exec), lines.head(events.Exit)
-        view, parent_text = None, b""
+        view, parent_text, ppid_text = None, b"", b""
         pieces: list[bytes] = []
         put = pieces.extend
         execs = exits = 0
@@ -133,13 +136,12 @@ class Express:
                     process.ended = True
                     if tells_exit:
                         time_ns, rss = fact.time_ns, usage.max_rss_bytes
-                        tail = (
-                            f'{time_ns - process.born_ns},"cpu_user_ns":{usage.cpu_user_ns},'
-                            f'"cpu_system_ns":{usage.cpu_system_ns},'
-                            f'"max_rss_bytes":{"null" if rss is None else rss}}}\n'
-                        )
                         marks = exited[status >> 8 & 0xFF][rss is None]
-                        put((exit_head, b"%09d" % (time_ns - second_ns), host, text, context, marks, tail.encode()))
+                        times = (time_ns - process.born_ns, usage.cpu_user_ns, usage.cpu_system_ns)
+                        tail = _USAGE_NO_RSS % times if rss is None else _USAGE % (*times, rss)
+                        ns = time_ns - second_ns
+                        stamp = b"%d" % ns if ns > 99_999_999 else b"%09d" % ns
+                        put((exit_head, stamp, host, text, context, marks, tail))
                         exits += 1
                     continue
 
@@ -155,6 +157,7 @@ class Express:
                     and argv is not None
                     and not fact.argv_truncated
                     and (depth := parent.depth + 1) < MAX_DEPTH
+                    and ppid is not None
                     and ppid != KTHREADD
                 ):
                     try:
@@ -165,23 +168,27 @@ class Express:
                         if view is None or parent.view is not view:
                             view = parent.as_parent()
                             parent_text = b',"argv_truncated":false,"parent":' + _encode(view)
+                            ppid_text = b',"ppid":%d,"argv":' % ppid
                     except UnicodeEncodeError:
                         view = None
                     else:
                         start = start_ns // NS_PER_TICK
-                        identity = f"{boot}-{pid}-{start}"
-                        text = f'"id":"{identity}","pid":{pid},"ppid":{ppid},"argv":'.encode() + argv_text + parent_text
+                        identity = b"%b-%d-%d" % (boot, pid, start)
+                        text = b'"id":"%b","pid":%d%b%b%b' % (identity, pid, ppid_text, argv_text, parent_text)
+                        name = identity.decode()
                         ns_pid = fact.ns_pid
                         if ns_pid == pid:
                             ns_pid = None
                         elif ns_pid is not None:
                             text += b',"ns_pid":%d' % ns_pid
                         processes[pid] = Process(
-                            pid, start, identity, parent, details, ppid, argv, False, ns_pid, depth, start_ns,
-                            Who(identity, pid, ppid, argv, False, view, ns_pid, None, text, text),
+                            pid, start, name, parent, details, ppid, argv, False, ns_pid, depth, start_ns,
+                            Who(name, pid, ppid, argv, False, view, ns_pid, None, text, text),
                         )  # fmt: skip
                         last = _FORKED if fact.first else _EXEC
-                        put((exec_head, b"%09d" % (fact.time_ns - second_ns), host, text, context, last))
+                        ns = fact.time_ns - second_ns
+                        stamp = b"%d" % ns if ns > 99_999_999 else b"%09d" % ns
+                        put((exec_head, stamp, host, text, context, last))
                         execs += 1
                         continue
 
