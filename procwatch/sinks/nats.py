@@ -273,6 +273,9 @@ class NatsSink(OutboxSink):
 
         async def failed(error: Exception) -> None:
             failures.append(error)
+            if f'"{self._subject}.'.lower() in str(error).lower():  # a message that this user may not publish
+                self._refused_by = str(error)
+                self._news.set()
 
         async def closed() -> None:
             self._news.set()

@@ -148,8 +148,10 @@ class Memory:
 
     def close(self) -> None:
         """
-        Nothing to do; what is pending is lost.
+        What is pending is lost.
         """
+        self._records.clear()
+        self._read = 0
 
 
 class _Segment:

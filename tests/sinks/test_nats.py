@@ -17,7 +17,8 @@ from msgspec import json
 from procwatch import events
 from procwatch.errors import ConfigError
 from procwatch.sinks.nats import NatsSink
-from tests.sinks.kit import MAKER, draft, drafts, idle, make, opened, stop, until
+from procwatch.table.draft import Maker
+from tests.sinks.kit import ENCODE, MAKER, draft, drafts, idle, make, opened, stop, until
 from tests.sinks.servers import NatsServer, nats_server, stream_messages
 
 pytest.importorskip("nats")
@@ -255,6 +256,48 @@ async def test_logging_in_and_tls(tmp_path: Path):
         async with opened(NatsSink, **options, password="wrong") as sink:
             await until(lambda: sink.stats().failures)
             assert "uthorization" in sink.stats().error
+
+
+async def test_a_host_that_may_speak_only_for_itself(tmp_path: Path):
+    """
+    What docs/fleet.md says is enough; another host's name is refused.
+    """
+    conf = tmp_path / "nats.conf"
+    conf.write_text(
+        """
+        authorization { users: [
+            { user: admin, password: a }
+            { user: web-1, password: w, permissions: {
+                publish: ["procwatch.web-1.>", "$JS.API.STREAM.INFO.procwatch", "$JS.API.STREAM.MSG.GET.procwatch"]
+                subscribe: ["_INBOX.>"]
+            } }
+        ] }
+        """
+    )
+    import nats
+
+    async with nats_server(tmp_path / "nats", "-c", str(conf)) as server:
+        admin = {"user": "admin", "password": "a"}
+        client = await nats.connect(server.url, **admin)
+        await client.jetstream().add_stream(name="procwatch", subjects=["procwatch.>"])
+        await client.close()
+        options: dict[str, Any] = {
+            "servers": [server.url], "user": "web-1", "password": "w", "create": False,
+            "spool": str(tmp_path / "spool"),
+        }  # fmt: skip
+        for first in (1, 101):  # the second one asks for the last message
+            async with opened(NatsSink, **options) as sink:
+                sink.put(drafts(first, first + 99))
+                await idle(sink)
+        assert told(await stream_messages(server.url, **admin)) == list(range(1, 201))
+        other = NatsSink(Maker("db-1", MAKER.clock), encode=ENCODE, **{**options, "spool": None})
+        await other.open()
+        other.put(drafts(1, 1))
+        await until(lambda: other.stats().failures, "the refusal")
+        await other.close()
+        assert "ermissions" in other.stats().error
+        assert (other.stats().dropped, other.stats().pending) == (1, 0)
+        assert len(await stream_messages(server.url, **admin)) == 200
 
 
 def make_certificates(folder: Path) -> None:
