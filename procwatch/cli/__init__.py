@@ -4,38 +4,46 @@ The command line. One module a command; this one turns errors into one line and 
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
 import click
 
 from procwatch import __version__
-from procwatch.cli.agent import agent
-from procwatch.cli.bench import bench
-from procwatch.cli.config import config
-from procwatch.cli.doctor import doctor
-from procwatch.cli.ps import ps
-from procwatch.cli.tail import tail
-from procwatch.cli.watch import watch
 from procwatch.errors import ConfigError, ProcwatchError
-from procwatch.formats.text import safe
+
+COMMANDS = ("watch", "ps", "doctor", "bench", "agent", "config", "tail")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
+class Commands(click.Group):
+    """
+    Loads a command when it is called: each would otherwise pay for what the others import.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """
+        In the order in which a user meets them.
+        """
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """
+        The command, or None when there is none of that name.
+        """
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"procwatch.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
 @click.version_option(__version__, prog_name="procwatch")
 def cli() -> None:
     """
     See every process that runs on this host, even one that lives 150 µs.
     """
-
-
-cli.add_command(watch)
-cli.add_command(ps)
-cli.add_command(doctor)
-cli.add_command(bench)
-cli.add_command(agent)
-cli.add_command(config)
-cli.add_command(tail)
 
 
 def main() -> None:
@@ -64,5 +72,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    from procwatch.formats.text import safe
+
     click.echo(f"procwatch: {safe(message)}", err=True)
     sys.exit(code)
