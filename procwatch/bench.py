@@ -257,11 +257,11 @@ class Cost:
         """
         One storm beside the program `pid`, that is ready.
         """
-        before = cpu_ns(pid)
+        before, born = cpu_ns(pid), procfs.born()
         self.ratios.append(storm.run(count) / base_s)
         quiet()
         self.cpu_ns += cpu_ns(pid) - before
-        self.processes += count
+        self.processes += max(count, procfs.born() - born)  # what else is born here costs as much
         self.max_rss_bytes = max(self.max_rss_bytes, peak_memory(pid))
 
     @property
