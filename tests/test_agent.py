@@ -155,25 +155,24 @@ class TestReload:
         In a storm, sinks go, come and change, and every exec is in a file once.
         """
         first, second, third = (tmp_path / name for name in "abc")
-        count = 1000
         config = tmp_path / "procwatch.toml"
-        with agent(tmp_path, FILE.format(first)) as running, storm(tiny, count) as storming:
-            grown(first, 50)
-            config.write_text(FILE.format(second))  # the same sink, elsewhere
-            running.hang_up()
-            grown(second, 50)
-            config.write_text(FILE.format(second) + 'format = "ecs"\n' + FILE.format(third))
-            running.hang_up()
-            grown(third, 50)
-            config.write_text('labels = { a = "b" }\n' + FILE.format(second) + FILE.format(third))
-            running.hang_up()
-            assert storming.wait() == 0
+        steps = [
+            (first, FILE.format(second)),  # the same sink, elsewhere
+            (second, FILE.format(second) + 'format = "ecs"\n' + FILE.format(third)),
+            (third, 'labels = { a = "b" }\n' + FILE.format(second) + FILE.format(third)),
+        ]
+        with agent(tmp_path, FILE.format(first)) as running:
+            for path, text in steps:
+                with storm(tiny, 500):
+                    grown(path, 50)
+                    config.write_text(text)
+                    running.hang_up()
             log = running.stop()
         both = lines(second)
         ecs, native = [event for event in both if "@timestamp" in event], [event for event in both if "time" in event]
         ids = execs(lines(first), tiny) + execs(native, tiny) + _ecs_execs(ecs, tiny)
 
-        assert len(ids) == len(set(ids)) == count
+        assert (len(ids), len(set(ids))) == (1500, 1500)
         late = lines(third)
         assert late[0]["event"] == "ready"
         assert set() < set(execs(late, tiny)) < set(ids)

@@ -193,5 +193,5 @@ def test_labels():
     for event in EVENTS:
         found = ecs.fields(structs.replace(event, labels={"site": "fra1"}))
 
-        assert found["labels"] == {"site": "fra1"}
+        assert (found["labels"], found["@timestamp"]) == ({"site": "fra1"}, event.time)
         assert "labels" not in found.get("procwatch", {})
