@@ -25,7 +25,7 @@ from procwatch.wire.bpf_event import EXEC, EXIT, FORK, KINDS, TASK, Decoder
 
 MAX_ARGV = 8 << 20  # what the program's loop can reach; the kernel's own limit is 6 MiB, execve(2)
 BATCH = 1024  # records after which the kernel gets its room back
-MOST = 16 * BATCH  # records of one read(): what they become must fit into memory
+MOST = 4 * BATCH  # records of one read(): what they become must fit into memory
 # How often to ask whether the kernel skipped a program because another run of it was interrupted on that CPU. Up to
 # 6.18 nothing interrupts them, so that the answer is 0; it costs a system call for each program.
 LOOK_NS = 1_000_000_000
