@@ -42,6 +42,7 @@ def as_nobody(*arguments: str) -> Iterator[tuple[int, TextIO]]:
             importlib.import_module(module.name)
     codecs.lookup("ascii")  # what is loaded only when it is first needed
     importlib.import_module("pyroute2.netlink.generic")
+    importlib.import_module("concurrent.futures.thread")
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
