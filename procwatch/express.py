@@ -29,8 +29,8 @@ from procwatch.table.identity import NS_PER_TICK
 from procwatch.table.process import MAX_DEPTH, Process
 from procwatch.table.table import KTHREADD, Table
 
-# Facts whose lines are put together at once: few enough to be in the processor's cache still.
-CHUNK = 256
+# Facts whose lines are put together at once: 64 kB of text, for which malloc() does not ask the kernel each time.
+CHUNK = 64
 _CLEAR = b',"missing":{},"inferred":[]'
 _EXEC, _FORKED = _CLEAR + b"}\n", _CLEAR + b',"forked":true}\n'
 _EXITED = (
