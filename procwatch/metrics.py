@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
+import aiofiles
 import psutil
 from msgspec import Struct
 
@@ -260,18 +261,13 @@ async def write_textfile(metrics: Metrics, path: str) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    text = metrics.text()
-
-    def write() -> None:
-        new = f"{path}.{os.getpid()}.new"
-        try:
-            with open(new, "wb") as file:
-                os.fchmod(file.fileno(), 0o644)
-                file.write(text)
-            os.replace(new, path)
-        except OSError:
-            if os.path.exists(new):
-                os.unlink(new)
-            raise
-
-    await asyncio.to_thread(write)
+    new = f"{path}.{os.getpid()}.new"
+    try:
+        async with aiofiles.open(new, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)
+            await file.write(metrics.text())
+        os.replace(new, path)
+    except OSError:
+        if os.path.exists(new):
+            os.unlink(new)
+        raise
