@@ -56,6 +56,7 @@ class Held:
 
     def __init__(self) -> None:
         self._states: dict[int, State] = {}
+        self._cut: set[int] = set()  # tasks in the middle of an exec whose beginning was not read
 
     def read(self, opened: Opened, fd: int, tid: int, *, memory: bool = True) -> None:
         """
@@ -86,16 +87,29 @@ class Held:
                 opened.held = state.details
                 _read_about(directory, tid, state)
                 opened.pid = state.pid
-                if memory:
+                if memory and tid not in self._cut:
                     _read_arguments(tid, text, state.details)
                 self._remember(tid, state)
             opened.pid = state.pid
             if opened.kind == "script":
                 _enter_script(state, opened.path, fd)
             state.loader = opened.interpreter if opened.kind == "elf" else None
+            if opened.kind != "script":
+                self._cut.discard(tid)
             opened.held = _told(state.details, fd)
         finally:
             os.close(directory)
+
+    def successor(self, tid: int) -> Held:
+        """
+        For another thread to go on with, while this one is left alone with an open by `tid`, perhaps of a script: then
+        what the task gave to execve is not what the interpreter gets.
+        """
+        other = Held()
+        other._states = dict(self._states)
+        other._states.pop(tid, None)
+        other._cut = {*self._cut, tid}
+        return other
 
     def _remember(self, tid: int, state: State) -> None:
         self._states.pop(tid, None)

@@ -28,7 +28,7 @@ from procwatch.wire import execve
 BUFFER_BYTES = 16 << 20
 # Larger than any message: an argv of 128 KiB, and its pickled form.
 MESSAGE_BYTES = 1 << 20
-START_S = 10.0
+START_S = 30.0  # a busy host takes its time to import; a holder that dies is known at once
 BATCH = 8192
 OLDEST = (5, 7)
 SO_SNDBUFFORCE = 32

@@ -275,7 +275,7 @@ class Holder:
         # The old reader takes no more: its queue belongs to the new one.
         rest = reader.queue
         reader.queue = deque()
-        self._held = Held()  # the old one may be in the middle of it
+        self._held = self._held.successor(event.pid)  # the old reader may be in the middle of this one
         self._files = Files()
         self._reader = Reader(self, rest)
         self._reader.start()

@@ -22,6 +22,7 @@ from procwatch.sources.hold import Hold
 from tests.conftest import need
 
 LONGEST_S = 3.0  # that an exec may wait, whatever happens
+DEADLINE_S = 0.4  # less than the watchdog waits, and enough for an emulated machine to read arguments
 
 
 @pytest.fixture
@@ -41,8 +42,8 @@ def place(tmp_path: Path, tiny: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def holding(place: Path) -> Iterator[Hold]:
-    source = Hold(only=str(place))
+def holding(place: Path, deadline_s: float = DEADLINE_S) -> Iterator[Hold]:
+    source = Hold(only=str(place), deadline_s=deadline_s)
     problem = source.probe()
     need(problem is None, str(problem))
     source.open()
@@ -114,7 +115,7 @@ class TestDetails:
         Each of many short lives is told with its own arguments.
         """
         code = "import os,sys\nfor n in range(500): os.waitpid(os.posix_spawn(sys.argv[1], ['t', str(n)], {}), 0)"
-        spawn("python3", "-S", "-c", code, place / "tiny")
+        spawn(sys.executable, "-S", "-c", code, place / "tiny")
 
         found = [fact.held for fact in opens(source.read())]
 
@@ -151,6 +152,22 @@ class TestDetails:
         assert second.held is not None
         assert second.held.argv == [f"{place}/tiny", "-x y", "./run.sh", "arg"]
         assert (second.held.script, second.held.file) == (str(script), "./run.sh")
+
+    def test_script_with_no_time(self, place: Path) -> None:
+        """
+        However short the deadline, what is told of a script's interpreter is right or missing.
+        """
+        script = place / "run.sh"
+        script.write_text(f"#!{place}/tiny -x\n")
+        script.chmod(0o755)
+        with holding(place, deadline_s=0.0002) as source:
+            for _ in range(100):
+                spawn("./run.sh", "arg", cwd=place)
+            found = [fact.held for fact in opens(source.read()) if fact.path == str(place / "tiny")]
+
+        told = {tuple(held.argv) for held in found if held is not None and held.argv is not None}
+        assert told <= {(f"{place}/tiny", "-x", "./run.sh", "arg")}
+        assert len(found) == 100
 
     def test_from_another_thread(self, source: Hold, place: Path) -> None:
         """
