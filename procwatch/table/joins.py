@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from msgspec.structs import replace
+
 from procwatch.facts import Accounted, Details, Exec, Fact, Opened, Thread
 from procwatch.table.opens import PENDING, Identity, Ran, match
 from procwatch.table.process import changed
@@ -32,6 +34,7 @@ class Joins:
     def __init__(self) -> None:
         self.disagreements = 0
         self._opens: dict[int, list[Opened]] = {}
+        self._threaded: set[int] = set()  # processes that have had threads: the end of the first is not theirs
         self._paths: dict[Identity, Opened] = {}
         self._shared: dict[tuple[object, ...], tuple[Details, Details]] = {}
 
@@ -56,8 +59,14 @@ class Joins:
         for fact in facts:
             if type(fact) is Exec:
                 execs.setdefault(fact.pid, []).append(fact)
-            elif type(fact) is Thread and fact.tid == fact.pid and not fact.born:
-                ended.add(fact.pid)
+                ended.discard(fact.pid)  # a thread's exec ends its leader first
+            elif type(fact) is Thread:
+                if fact.born:
+                    if len(self._threaded) >= MAX_OPENERS:
+                        self._threaded.clear()
+                    self._threaded.add(fact.pid)
+                elif fact.tid == fact.pid and fact.pid not in self._threaded:
+                    ended.add(fact.pid)
         found = {}
         for pid, told in execs.items():
             final = self._final(told[-1], accounts.get(pid) if pid in ended else None)
@@ -71,9 +80,14 @@ class Joins:
             for one in ran:
                 self._remember(one.exe)
             found[pid] = ran
-        for pid in ended:
-            self._opens.pop(pid, None)
         return found
+
+    def forget(self, pid: int) -> None:
+        """
+        A process has ended: what it opened last was for nothing.
+        """
+        self._opens.pop(pid, None)
+        self._threaded.discard(pid)
 
     def _final(self, last: Exec, account: Accounted | None) -> Identity | None:
         if account is not None and account.exe_dev is not None and account.exe_inode is not None:
@@ -88,7 +102,8 @@ class Joins:
             return
         if len(self._paths) >= MAX_PATHS:
             del self._paths[next(iter(self._paths))]
-        self._paths[opened.dev, opened.inode] = opened
+        # What was read while that exec was held is of that process alone.
+        self._paths[opened.dev, opened.inode] = opened if opened.held is None else replace(opened, held=None)
 
     def path_of(self, account: Accounted) -> Opened | None:
         """
@@ -106,7 +121,7 @@ class Joins:
         exe = ran.exe
         if exe is None:
             return details
-        if exe.held is not None:
+        if exe.held is not None and ran.certain:  # an open that was deduced may be another exec's
             details = _with_held(details, exe.held)
         if details.exe is not None:
             if not ran.certain or (details.exe_inode == exe.inode and details.exe_dev == exe.dev):

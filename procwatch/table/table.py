@@ -607,6 +607,8 @@ class Table:
         if process.held is not None:
             self._decide_now(process)
         self.processes.pop(pid, None)
+        if self._look is not None:
+            self.joins.forget(pid)
         process.ended = True
         if self._accounts and (account := self._accounts.pop(pid, None)) is not None:
             usage = usage or account.usage
@@ -670,6 +672,7 @@ class Table:
     def _vanish(self, process: Process, time_ns: int) -> None:
         self._decide_now(process)
         self.processes.pop(process.pid, None)
+        self.joins.forget(process.pid)
         self._doubtful.pop(process.pid, None)
         process.ended = True
         if process.ppid != KTHREADD:  # the kernel's workers come and go, and no source tells of them
