@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         SourceUnavailable,
     )
     from procwatch.events import DEFAULT_KINDS, KINDS, AnyEvent, Event
+    from procwatch.policy.filter import Filter
     from procwatch.watcher import Subscription, Watcher, snapshot, watch, watch_sync
 
 _HOMES = {
@@ -41,6 +42,7 @@ _HOMES = {
     "KINDS": "events",
     "AnyEvent": "events",
     "Event": "events",
+    "Filter": "policy.filter",
     "Subscription": "watcher",
     "Watcher": "watcher",
     "snapshot": "watcher",
@@ -58,6 +60,7 @@ __all__ = [  # noqa: RUF022  the order of _HOMES
     "KINDS",
     "AnyEvent",
     "Event",
+    "Filter",
     "Subscription",
     "Watcher",
     "snapshot",

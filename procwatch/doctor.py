@@ -164,7 +164,7 @@ class Trial:
         if not fields:
             return Verdict(self.name, False, [], _SILENT, "report it as a bug, with the kernel's version")
         limits = "; ".join(getattr(self._source, "limits", ()))
-        return Verdict(self.name, True, fields, f"does not see: {limits}" if limits else None, None)
+        return Verdict(self.name, True, fields, limits or None, None)
 
     def _fields(self, pids: set[int]) -> list[str]:
         found: dict[str, None] = {}

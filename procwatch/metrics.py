@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import accumulate
 
 import aiofiles
@@ -268,6 +269,6 @@ async def write_textfile(metrics: Metrics, path: str) -> None:
             await file.write(metrics.text())
         os.replace(new, path)
     except OSError:
-        if os.path.exists(new):
+        with suppress(FileNotFoundError):
             os.unlink(new)
         raise

@@ -459,8 +459,9 @@ class Pipeline:
             if self.finished:
                 return events[:at]
             if type(event) is Written:
-                counts["exec"] = counts.get("exec", 0) + event.execs
-                counts["exit"] = counts.get("exit", 0) + event.exits
+                for kind, count in (("exec", event.execs), ("exit", event.exits)):
+                    if count:
+                        counts[kind] = counts.get(kind, 0) + count
                 continue
             counts[event.event] = counts.get(event.event, 0) + 1
             if self._limit is not None and type(event) not in _UNLIMITED:

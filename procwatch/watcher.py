@@ -24,7 +24,7 @@ from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, 
 from procwatch.facts import Alive
 from procwatch.formats.native import Lines
 from procwatch.pipeline import Pipeline, Stats
-from procwatch.policy.filter import Predicate
+from procwatch.policy.filter import NAMES_WAIT_MS, Filter, Predicate, both
 from procwatch.sources import procfs, select
 from procwatch.sources.base import Source
 from procwatch.state import State, save
@@ -144,10 +144,16 @@ class Watcher:
         count: Stop after so many events of processes.
         strict: Stop after the first `lost`.
         for_s: Stop after so many seconds.
-        keep: Show only the events of processes for which this callable is true, see procwatch.policy.filter.Filter.
+        keep: Show only the events of processes for which this callable is true.
+        container: Only in these containers: names, ids or their beginnings.
+        pod: Only in these pods: "namespace/name", with wildcards.
+        user: Only of these users: names or numbers.
+        unit: Only in these systemd units, with wildcards.
+        exe: Only of these executables: paths or base names, with wildcards.
         under: Show only the process with this pid and its descendants.
         hold: Make each exec of this host wait until it has been read: see docs/hold.md for what that costs and risks.
-        container_wait_ms: How long events may wait for the names of a new container; 0: they go out with its id alone.
+        container_wait_ms: How long events may wait for the names of a new container; 0: they go out with its id alone;
+            None: 0, or 1000 with `container` or `pod`.
         roots: Where container runtimes keep their files, see procwatch.enrich.runtimes.Roots; None: their defaults.
         hash: "sha256": the hash of each executable, from the file that ran, in a worker.
         hash_wait_ms: How long events may wait for it; later events of the same file have it at once.
@@ -183,9 +189,14 @@ class Watcher:
         strict: bool = False,
         for_s: float | None = None,
         keep: Predicate | None = None,
+        container: Collection[str] | str = (),
+        pod: Collection[str] | str = (),
+        user: Collection[str] | str = (),
+        unit: Collection[str] | str = (),
+        exe: Collection[str] | str = (),
         under: int | None = None,
         hold: bool = False,
-        container_wait_ms: float = 0,
+        container_wait_ms: float | None = None,
         roots: Roots | None = None,
         hash: str | None = None,  # noqa: A002
         hash_wait_ms: float = 0,
@@ -216,7 +227,17 @@ class Watcher:
         self._count = count
         self._strict = strict
         self._for_s = for_s
-        self._keep = keep
+        chosen = Filter(
+            container=_several(container),
+            pod=_several(pod),
+            user=_several(user),
+            unit=_several(unit),
+            exe=_several(exe),
+        )
+        if container_wait_ms is None:
+            asks = chosen.needs_names or (isinstance(keep, Filter) and keep.needs_names)
+            container_wait_ms = NAMES_WAIT_MS if asks else 0
+        self._keep = both(keep, chosen if chosen else None)
         self._under = under
         self._name_wait_ns = int(container_wait_ms * 1_000_000)
         self._hash_wait_ns = int(hash_wait_ms * 1_000_000)
@@ -350,6 +371,8 @@ class Watcher:
                 self._turn_later(source)
         if self._for_s is not None:
             self._timers["for"] = self._loop.call_later(self._for_s, self.stop)
+        if self._pipeline.finished:  # what was alive was enough
+            self.stop()
         self._schedule()
 
     def _select(self) -> select.Selection:
@@ -703,6 +726,10 @@ def watch_sync(**arguments: object) -> Generator[AnyEvent, None, None]:
 
 async def _close(watcher: Watcher) -> None:
     watcher.close()
+
+
+def _several(values: Collection[str] | str) -> Collection[str]:
+    return (values,) if isinstance(values, str) else values
 
 
 def snapshot(*, keep: Predicate | None = None, under: int | None = None) -> list[Running]:

@@ -126,7 +126,7 @@ def test_count_and_for():
     """
     ended = run("watch", "--backend", "scan", "--initial", "--count", "3", "--format", "json")
     assert [event["event"] for event in lines(ended.stdout)] == ["ready", "running", "running", "running", "stop"]
-    ended = run("watch", "--backend", "scan", "--for", "0.1", "--events", "coredump", "--format", "json")
+    ended = run("watch", "--backend", "scan", "--for", "0.1", "--exe", "/nosuch", "--format", "json")
     assert [event["event"] for event in lines(ended.stdout) if event["event"] != "lost"] == ["ready", "stop"]
 
 

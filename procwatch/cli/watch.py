@@ -18,7 +18,6 @@ from procwatch.sinks.stream import StreamSink
 from procwatch.sources.select import BACKENDS, OPTIONAL
 from procwatch.watcher import Watcher
 
-NAMES_WAIT_MS = 1000
 TREE_DEPTH = 64
 LOST = 3  # exit code
 
@@ -59,10 +58,8 @@ LOST = 3  # exit code
     "--container-wait",
     "container_wait_ms",
     type=float,
-    default=0,
-    show_default=True,
     metavar="MS",
-    help="How long lines may wait for the names of a new container.",
+    help="How long lines may wait for the names of a new container.  [default: 0; 1000 with --container or --pod]",
 )
 @click.option("--hash", type=click.Choice(["sha256"]), help="Hash each executable, from the file that ran.")
 @click.option(
@@ -93,8 +90,6 @@ def watch(
 
     logger = log.configure(log_level, log_format)
     keep = take_filter(options)
-    if keep.needs_names:  # a name that is not known yet must not hide an event
-        options["container_wait_ms"] = max(options["container_wait_ms"], NAMES_WAIT_MS)
     if tree:
         options["ancestors"] = max(options["ancestors"], TREE_DEPTH)
     watcher = Watcher(without=[name for name in without.split(",") if name], keep=keep or None, **options)

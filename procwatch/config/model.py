@@ -11,12 +11,9 @@ from msgspec import Meta, Struct
 from procwatch import formats, sinks
 from procwatch.enrich.runtimes import Roots
 from procwatch.events import DEFAULT_KINDS
-from procwatch.policy.filter import Filter
+from procwatch.policy.filter import NAMES_WAIT_MS, Filter
 from procwatch.sources.select import BACKENDS, OPTIONAL
 from procwatch.table.draft import Maker
-
-# Events wait so long for the names of a container when a filter asks for them, if `container_wait_ms` says nothing.
-NAMES_WAIT_MS = 1000.0
 
 # Arguments of Watcher that are called the same there.
 _PLAIN = (

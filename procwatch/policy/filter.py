@@ -11,6 +11,9 @@ from procwatch.errors import ConfigError
 from procwatch.events import ProcessEvent
 
 Predicate = Callable[[ProcessEvent], bool]
+# Events wait so long for the names of a container when a filter asks for them, if nothing else is said: a name that is
+# not known yet must not hide an event.
+NAMES_WAIT_MS = 1000.0
 
 
 class Filter:
@@ -62,6 +65,15 @@ class Filter:
         Whether to keep the event.
         """
         return all(test(event) for test in self._tests)
+
+
+def both(first: Predicate | None, second: Predicate | None) -> Predicate | None:
+    """
+    What is true when both are; None is always true.
+    """
+    if first is None or second is None:
+        return first or second
+    return lambda event: first(event) and second(event)
 
 
 def _in_container(event: ProcessEvent, wanted: Collection[str]) -> bool:

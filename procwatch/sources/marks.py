@@ -150,7 +150,7 @@ class Marks:
         Mark what a process sees, and watch its mounts, unless its namespace is known.
         """
         if len(self._namespaces) >= NAMESPACES:
-            self._limits["namespaces"] = f"mount namespaces beyond the first {NAMESPACES}"
+            self._limits["namespaces"] = f"cannot hear mount namespaces beyond the first {NAMESPACES}"
             return
         fds: list[int] = []
         try:
@@ -202,7 +202,7 @@ class Marks:
         before = self._slow.get(mount.device)
         if before is not None and before.is_alive():
             return
-        self._limits[mount.device] = f"programs on {mount.point} ({mount.kind}): no answer yet"
+        self._limits[mount.device] = f"cannot hear programs on {mount.point} ({mount.kind}): no answer yet"
         thread = threading.Thread(target=self._mark_path, args=(mount, path, self._slow_mask), daemon=True)
         self._slow[mount.device] = thread
         thread.start()
@@ -212,7 +212,7 @@ class Marks:
             libc.fanotify_mark(self._group, libc.FAN_MARK_ADD | libc.FAN_MARK_FILESYSTEM, mask, path)
         except OSError as error:
             if error.errno not in _GONE:
-                self._limits[mount.device] = f"programs on {mount.point} ({mount.kind}): {error.strerror}"
+                self._limits[mount.device] = f"cannot hear programs on {mount.point} ({mount.kind}): {error.strerror}"
         else:
             self._limits.pop(mount.device, None)
 
@@ -225,6 +225,6 @@ class Marks:
             flags = libc.FAN_MARK_ADD | libc.FAN_MARK_FILESYSTEM
             libc.fanotify_mark(self._group, flags, self._mask, f"/proc/self/fd/{memory}")
         except OSError:
-            self._limits["memfd"] = "programs in memory files (memfd_create)"
+            self._limits["memfd"] = "cannot hear programs in memory files (memfd_create)"
         finally:
             os.close(memory)

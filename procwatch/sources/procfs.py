@@ -176,9 +176,13 @@ def born() -> int:
 def _details(directory: int, with_file: bool) -> tuple[Details, decode.Stat | None]:
     details, state = _one_look(directory, with_file)
     for _ in range(_ATTEMPTS - 1):
-        if details.exe is None or _same_exe(details, directory):
+        if (details.exe is None or _same_exe(details, directory)) and details.argv != []:
             break
         details, state = _one_look(directory, with_file)
+    if details.argv == [] and "file" in details.missing:
+        # In the middle of an exec: the memory is the new program's, and its arguments are not written yet.
+        details.argv = None
+        details.missing["argv"] = details.missing["file"]
     if state is not None and state.state == "Z" and state.threads > 1:
         details = _of_other_thread(directory, with_file, details)
     return details, state

@@ -87,6 +87,13 @@ LADDER: dict[str, Sequence[tuple[str, Make]]] = {
     "scan": (("scan", _scan),),
 }
 HOLDING = "netlink"
+# Kinds that only some rungs can tell; all others are told by each.
+TELLS: dict[str, frozenset[str]] = {
+    "ebpf": frozenset({"exec_failed"}),
+    "netlink": frozenset({"comm", "uid", "gid", "sid", "ptrace", "coredump"}),
+    "scan": frozenset(),
+}
+SPECIAL = frozenset().union(*TELLS.values())
 BACKENDS = ("auto", *LADDER)
 OPTIONAL = tuple(name for rung in LADDER.values() for name, _ in rung[1:])
 
@@ -106,15 +113,51 @@ def open_sources(backend: str, options: Options) -> Selection:
     if options.hold and backend not in ("auto", HOLDING):
         raise ConfigError(f"hold needs the backend {HOLDING}, not {backend}")
     failures: list[SourceUnavailable] = []
-    for rung in (HOLDING,) if options.hold else LADDER if backend == "auto" else (backend,):
+    rungs = (HOLDING,) if options.hold else _by_kinds(options.kinds) if backend == "auto" else (backend,)
+    if not _tellable(options.kinds, rungs):
+        raise ConfigError(f"{backend} tells none of {', '.join(sorted(options.kinds))}: {_who_tells(options.kinds)}")
+    for rung in rungs:
         try:
             sources = _open_rung(rung, options, failures)
         except SourceUnavailable as error:
             failures.append(error)
         else:
             skipped = [Skipped(error.name, error.reason, error.remedy) for error in failures]
+            untold = sorted(options.kinds & SPECIAL - TELLS[rung])
+            if backend == "auto" and not options.hold:
+                better = list(LADDER)[: list(LADDER).index(rung)]
+                asked = ", ".join(sorted(options.kinds & SPECIAL))
+                tried = {error.name for error in failures}
+                skipped += [
+                    Skipped(name, f"does not tell {asked}", "ask for other events")
+                    for name in better
+                    if name not in tried
+                ]
+            skipped += [Skipped(kind, f"{rung} does not tell it", _who_tells({kind})) for kind in untold]
             return Selection(rung, sources, skipped, failures)
     raise failures[-1]
+
+
+def _by_kinds(kinds: frozenset[str]) -> list[str]:
+    """
+    The ladder, with the rungs that tell all that is asked for before the others.
+    """
+    return sorted(LADDER, key=lambda rung: not (kinds & SPECIAL <= TELLS[rung]))
+
+
+def _tellable(kinds: frozenset[str], rungs: Collection[str]) -> bool:
+    """
+    Whether any of the rungs tells any of the kinds.
+    """
+    return not kinds or any(kinds - SPECIAL or kinds & TELLS[rung] for rung in rungs)
+
+
+def _who_tells(kinds: Collection[str]) -> str:
+    """
+    What to do to be told.
+    """
+    rungs = [rung for rung, tells in TELLS.items() if tells & set(kinds)]
+    return " or ".join(f"--backend {rung}" for rung in rungs)
 
 
 def _open_rung(rung: str, options: Options, failures: list[SourceUnavailable]) -> list[Source]:

@@ -490,6 +490,8 @@ class Table:
             Failed(fact.errno, errorcode.get(fact.errno, str(fact.errno))),
         )
         draft.details = changed(draft.details, file=fact.file)
+        draft.inferred = [name for name in draft.inferred if name != "file"]
+        draft.missing = {name: why for name, why in draft.missing.items() if name != "file"}
         self._out.append(draft)
 
     def _on_alive(self, fact: Alive) -> None:
