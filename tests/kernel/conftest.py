@@ -19,6 +19,7 @@ from procwatch.sources.select import LADDER
 from procwatch.testing import Collector
 from tests.conftest import need
 
+EMULATED = "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 # Each rung, and those that several sources make up also with their lead alone.
 BACKENDS: dict[str, dict[str, Any]] = {}
 for _rung, _sources in LADDER.items():

@@ -19,10 +19,12 @@ import pytest
 
 from procwatch.events import raw_of
 from procwatch.sources import procfs
-from tests.kernel.conftest import Watch
+from tests.kernel.conftest import EMULATED, Watch
 
 SLEEP = os.path.realpath(shutil.which("sleep") or "/bin/sleep")
 SH = os.path.realpath("/bin/sh")
+# An emulated machine takes ten times as long, to look at a process as for all else.
+SHORT = "0.3" if EMULATED else "0.03"
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
@@ -280,7 +282,7 @@ def three_hundred() -> None:
     Ten at a time, so that it is a test of the watcher, and not of the scheduler.
     """
     for ten in range(100, 400, 10):
-        processes = [subprocess.Popen(["sleep", f"0.03{number}"]) for number in range(ten, ten + 10)]
+        processes = [subprocess.Popen(["sleep", f"{SHORT}{number}"]) for number in range(ten, ten + 10)]
         for process in processes:
             process.wait()
 
@@ -293,7 +295,7 @@ async def test_three_hundred_short_lives(watch: Watch):
         pytest.skip("the scan cannot promise it")
     await asyncio.to_thread(three_hundred)
     await watch.run(["sleep", "0"])
-    wanted = {("sleep", f"0.03{number}") for number in range(100, 400)}
+    wanted = {("sleep", f"{SHORT}{number}") for number in range(100, 400)}
     execs = [event for event in watch.collector.of("exec") if event.argv and tuple(event.argv) in wanted]
     assert {tuple(event.argv) for event in execs} == wanted
     assert {event.exe for event in execs} == {SLEEP}

@@ -312,7 +312,7 @@ def test_as_an_ordinary_user() -> None:
                 exits = {fact.pid for fact in facts if isinstance(fact, Exit)}
                 return _sleeps(facts).keys() <= exits
 
-            facts += source.read()
+            facts += source.read(final=True)
             until(source, ended, facts)
             source.close()
             return facts
@@ -323,7 +323,8 @@ def test_as_an_ordinary_user() -> None:
     lost = sum(fact.count for fact in facts if isinstance(fact, Lost))
 
     assert seen
-    assert lost + len(children) >= many
+    if os.stat("/proc/self/ns/pid").st_ino == INITIAL_PID_NAMESPACE:
+        assert lost + len(children) >= many
     for pid, details in seen.items():
         assert details.missing["exe"] in (PERMISSION, EXITED)
         assert details.uid == 0

@@ -50,8 +50,10 @@ LEFT_OUT = {
 }
 MEMORY_MB, CPUS = 2048, 2
 SECONDS, TEST_SECONDS = 900, 240  # for a machine and for a test of it; idle, this host takes a quarter of that
-# Page tables of its own and flushes at each system call: they cost an emulated machine most of its time.
-PARAMETERS = "console=ttyS0 root=/dev/nvme0n1 rw init=/init quiet panic=-1 mitigations=off"
+# Without what costs an emulated machine most of its time: flushes at each system call, a fifth level of page tables,
+# clearing memory that is overwritten, a clock outside of the processor.
+FASTER = "mitigations=off no5lvl init_on_alloc=0 tsc=reliable clocksource=tsc"
+PARAMETERS = f"console=ttyS0 root=/dev/nvme0n1 rw init=/init quiet panic=-1 {FASTER}"
 INIT = """#!/bin/busybox sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root CI=true PYTHONUNBUFFERED=1
 mount -t proc proc /proc
@@ -66,7 +68,7 @@ busybox ip link set lo up
 echo 500 > /proc/sys/fs/fanotify/max_queued_events  # soon full
 for module in /lib/modules/$(uname -r)/*; do busybox insmod $module; done
 cd {root}
-echo "== $(uname -r)"
+echo "== $(uname -r), clock $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 export PYTHONPATH={root}:{site} PYTEST_ADDOPTS="-p no:cacheprovider -p no:randomly -q -rs --color=no"
 {python} -m pytest --timeout={timeout} {arguments}
 echo "== exit code $?"
