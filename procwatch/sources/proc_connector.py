@@ -223,7 +223,7 @@ class ProcConnector:
             self._wakeups += 1
             self._facts += len(facts)
             facts.sort(key=attrgetter("time_ns"))  # two CPUs stamp before they queue
-            self._born += self._pace.learn(facts)
+            self._born += self._pace.learn(facts, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         return facts
 
     def _take(self, data: bytes, offset: int, facts: list[Fact]) -> None:
@@ -307,21 +307,34 @@ class Pace:
     Whether processes live long enough for a prompt look at /proc to find them.
 
     A wake-up for each event costs more than all the rest, and only pays while the process is still there. From the
-    kernel's own stamps we know how long the last ones lived after their exec; when nearly all are gone before we could
-    be scheduled and have read four files, it is better to let events gather.
+    kernel's own stamps we know how long the last ones lived after their exec, and from our own how long it takes from an
+    exec to the end of our look at it (`reach_ns`: on a busy or slow machine many times more than on a quiet one). When
+    nearly all are gone by then, it is better to let events gather. Now and then one look is prompt all the same, to
+    learn whether that has changed.
     """
 
-    SHORT_NS = 200_000  # /bin/true lives 350 µs after its exec and is caught half of the time; a static binary 80 µs
+    LEAST_NS, MOST_NS = 150_000, 1_000_000
+    RETRY = 50  # gatherings to one prompt look
 
     def __init__(self) -> None:
-        self._execs: dict[int, int] = {}
+        self.reach_ns = 200_000.0
+        self._execs: dict[int, Exec] = {}
         self._short = 0.0
+        self._gathered = 0
+        self._prompt = True
 
     @property
     def too_short(self) -> bool:
-        return self._short > 0.8
+        """
+        Whether to let events gather; asked once for each wake-up.
+        """
+        self._prompt = self._short <= 0.8
+        if not self._prompt:
+            self._gathered += 1
+            self._prompt = self._gathered % self.RETRY == 0
+        return not self._prompt
 
-    def learn(self, facts: list[Fact]) -> int:
+    def learn(self, facts: list[Fact], now_ns: int) -> int:
         """
         Look at new facts; one loop does all that must be known of each.
 
@@ -332,14 +345,18 @@ class Pace:
         births = 0
         for fact in facts:
             if type(fact) is Exec:
-                execs[fact.pid] = fact.time_ns
+                execs[fact.pid] = fact
             elif type(fact) is Fork:
                 births += 1
             elif type(fact) is Thread:
                 if fact.born:
                     births += 1
-                elif born := execs.pop(fact.pid, 0):
-                    self._short += ((fact.time_ns - born < self.SHORT_NS) - self._short) / 64
+                elif (begun := execs.pop(fact.pid, None)) is not None:
+                    if self._prompt:
+                        took_ns = (begun.read_ns or now_ns) - begun.time_ns
+                        reach_ns = min(max(took_ns, self.LEAST_NS), self.MOST_NS)
+                        self.reach_ns += (reach_ns - self.reach_ns) / 64
+                    self._short += ((fact.time_ns - begun.time_ns < self.reach_ns) - self._short) / 64
         if len(execs) > 4096:  # the living are of no interest for long
             execs.clear()
         return births
