@@ -70,6 +70,13 @@ def native_lines(form: str, fd: int, maker: Maker) -> Lines | None:
     return native.Lines(maker)
 
 
+def colourful(fd: int) -> bool:
+    """
+    Whether to write colours: to a terminal, unless the user wants none (https://no-color.org).
+    """
+    return os.isatty(fd) and not os.environ.get("NO_COLOR")
+
+
 def encoder(form: str, fd: int, maker: Maker, *, indent: bool = False) -> Encode:
     """
     The writer of one format.
@@ -77,10 +84,9 @@ def encoder(form: str, fd: int, maker: Maker, *, indent: bool = False) -> Encode
     lines = native_lines(form, fd, maker)
     if lines is not None:
         return lines.encode_into
-    terminal = os.isatty(fd)
     from procwatch.formats.console import Console
 
-    console = Console(colour=terminal and not os.environ.get("NO_COLOR"), indent=indent)
+    console = Console(colour=colourful(fd), indent=indent)
     return lambda item, buffer: console.encode_into(maker.event(item), buffer)
 
 

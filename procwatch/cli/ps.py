@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from procwatch.cli.output import cannot_write, encoder, filter_options, format_option, opened, take_filter
-from procwatch.clock import Clock
+from procwatch.cli.output import cannot_write, colourful, filter_options, format_option, opened, take_filter
 from procwatch.events import Container, Running
+from procwatch.formats import native
+from procwatch.formats.console import Console
 from procwatch.formats.text import safe
-from procwatch.table.draft import Maker
 from procwatch.watcher import snapshot
 
 
@@ -31,12 +31,14 @@ def ps(form: str, output: str | None, containers: bool, **options: Any) -> None:
     with opened(output) as fd:
         events = snapshot(keep=keep or None, under=options["under"])
         lines = bytearray()
+        as_json = form == "json" or (form == "auto" and not os.isatty(fd))
         if containers:
-            _write_containers(events, form == "json" or (form == "auto" and not os.isatty(fd)), lines)
-        else:
-            encode_into = encoder(form, fd, Maker("", Clock()))
+            _write_containers(events, as_json, lines)
+        elif as_json:
             for event in events:
-                encode_into(event, lines)
+                native.encode_into(event, lines)
+        else:
+            lines += Console(colour=colourful(fd)).table(events)
         try:
             while lines:
                 del lines[: os.write(fd, lines)]

@@ -34,9 +34,13 @@ LOST = 3  # exit code
 )
 @click.option("--initial", is_flag=True, help="Begin with the processes that run already.")
 @click.option("--output", metavar="FILE", help="Append to FILE instead of standard output.")
-@click.option("--buffer", metavar="SIZE", help="Kernel buffer of each source, such as 1MiB.  [default: 64MiB netlink]")
-@click.option("--for", "for_s", type=float, metavar="SECONDS", help="Stop after so long.")
-@click.option("--count", type=int, metavar="N", help="Stop after N events of processes.")
+@click.option(
+    "--buffer",
+    metavar="SIZE",
+    help="Kernel buffer of each source, such as 1MiB.  [default: 16MiB ebpf, 64MiB netlink, 32MiB taskstats]",
+)
+@click.option("--for", "for_s", type=float, metavar="SECONDS", help="Stop after so long.  [default: never]")
+@click.option("--count", type=int, metavar="N", help="Stop after N events of processes.  [default: never]")
 @click.option("--strict", is_flag=True, help="Stop at the first loss, with exit code 3.")
 @click.option(
     "--latency-ms", type=float, default=20, show_default=True, metavar="N", help="How long lines may gather under load."

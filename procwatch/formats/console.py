@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from procwatch import events
@@ -29,6 +29,7 @@ class Console:
     def __init__(self, *, colour: bool = False, indent: bool = False) -> None:
         self._colour = colour
         self._indent = indent
+        self._top = 1 << 30
         self._writers: dict[type[Event], Callable[[Any], str]] = {
             events.Ready: self._ready,
             events.Exit: self._exit,
@@ -37,6 +38,20 @@ class Console:
             events.Stop: self._stop,
             events.ExecFailed: self._exec_failed,
         }
+
+    def table(self, running: Sequence[events.Running]) -> bytes:
+        """
+        What runs now, one line each, below a heading.
+        """
+        lines = [self._paint(f"{'PID':>7} {'USER':10} {'PARENT':20} {'TTY':6}  COMMAND", "note")]
+        for event in running:
+            user = safe(event.user or ("?" if event.uid is None else str(event.uid)))
+            parent = event.parent
+            by = f"{_base(parent.exe) or parent.comm or '?'}({parent.pid})" if parent else str(event.ppid or "-")
+            place = f"{{{_cut(_name(event.container), 24)}}} " if event.container is not None else ""
+            head = f"{event.pid:>7} {_cut(user, 10):10} {_cut(safe(by), 20):20} {_cut(event.tty or '-', 6):6}"
+            lines.append(f"{head}  {place}{command(event)}")
+        return ("\n".join(lines) + "\n").encode("utf-8", "replace")
 
     def encode(self, event: Event) -> bytes:
         """
@@ -58,11 +73,22 @@ class Console:
         user = safe(event.user or ("?" if event.uid is None else str(event.uid)))
         parent = event.parent
         by = f"{_base(parent.exe) or parent.comm or '?'}({parent.pid})" if parent else str(event.ppid or "-")
-        depth = len(event.ancestors or ()) if self._indent else 0
+        place = f"{{{_cut(_name(event.container), 24)}}} " if event.container is not None else ""
         head = f"{_clock(event)}  {event.event:8} {event.pid:>7} {_cut(user, 10):10} {_cut(safe(by), 20):20}"
         return (
-            self._paint(f"{head} {result:>12} {lived:>8}", paint or event.event) + f"  {'  ' * depth}{command(event)}"
+            self._paint(f"{head} {result:>12} {lived:>8}", paint or event.event)
+            + f"  {self._blanks(event)}{place}{command(event)}"
         )
+
+    def _blanks(self, event: ProcessEvent) -> str:
+        """
+        Two for each generation below the topmost process so far.
+        """
+        if not self._indent:
+            return ""
+        depth = len(event.ancestors or ())
+        self._top = min(depth, self._top)
+        return "  " * (depth - self._top)
 
     def _process(self, event: ProcessEvent) -> str:
         return self._row(event)
@@ -92,7 +118,7 @@ class Console:
     def _container(self, event: events.ContainerEvent) -> str:
         c = event.container
         what = " ".join(safe(part) for part in (c.runtime, c.name, c.image) if part)
-        return f"{_clock(event)}  {'container':9} {safe(c.id)[:12]} {what}"
+        return self._paint(f"{_clock(event)}  {'names':8} {safe(c.id)[:12]} is {what}", "note")
 
     def _stop(self, event: events.Stop) -> str:
         counts = ", ".join(f"{n} {kind}" for kind, n in sorted(event.counts.items(), key=lambda item: -item[1]))
@@ -145,6 +171,10 @@ def lived(ns: int | None) -> str:
 def _clock(event: Event) -> str:
     seconds, ns = divmod(event.time_ns, 1_000_000_000)
     return time.strftime("%H:%M:%S", time.localtime(seconds)) + f".{ns // 1_000_000:03d}"
+
+
+def _name(container: events.Container) -> str:
+    return safe(container.name or container.id[:12])
 
 
 def _base(path: str | None) -> str:

@@ -366,7 +366,7 @@ class Scan:
         details, later = procfs.look(process.pid)
         if later is None or later.start_ticks != process.start_ticks or later.ending:
             return
-        if details.argv == [] and not process.half_way:
+        if not details.argv and not process.half_way:
             # The kernel clears the arguments before it sets the new ones: almost always the next look sees it whole.
             process.half_way = True
             return
@@ -424,7 +424,7 @@ class Scan:
 
 
 def _tell_birth(process: _Known, state: Stat, details: Details, born_ns: int, read_ns: int, facts: list[Fact]) -> None:
-    process.half_way = not process.unexecuted and details.argv == []
+    process.half_way = not (process.unexecuted or details.argv or state.kernel_thread)
     if process.unexecuted or process.half_way or state.kernel_thread:
         facts.append(Fork(born_ns, process.pid, state.ppid, state.start_ticks, details=details))
         return

@@ -48,7 +48,7 @@ async def test_a_short_life_is_told_whole(watch: Watch, tmp_path: Path):
     """
     One exec and one exit, joined, with everything that the process was.
     """
-    argv = ["sleep", "0.05", "0.00", "0.01"]
+    argv = ["sleep", "0.3", "0.00", "0.01"]
     started, ended = await watch.run(argv, cwd=tmp_path)
     for event in started, ended:
         assert (event.exe, event.argv, event.argv_truncated) == (SLEEP, argv, False)
@@ -122,8 +122,8 @@ async def test_a_relative_path_is_told_absolute(watch: Watch, tmp_path: Path):
     """
     shutil.copy(SLEEP, tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
-    started, _ = await watch.run(["./link", "0.05"], cwd=tmp_path)
-    assert (started.exe, started.argv, started.cwd) == (str(tmp_path / "real"), ["./link", "0.05"], str(tmp_path))
+    started, _ = await watch.run(["./link", "0.3"], cwd=tmp_path)
+    assert (started.exe, started.argv, started.cwd) == (str(tmp_path / "real"), ["./link", "0.3"], str(tmp_path))
     assert started.file == "./link"
 
 
@@ -247,7 +247,7 @@ async def test_who_waits_for_its_parent_has_ended_once(watch: Watch):
     """
     A zombie is told once, however often it is looked at.
     """
-    with subprocess.Popen([SLEEP, "0.05"]) as zombie:
+    with subprocess.Popen([SLEEP, "0.3"]) as zombie:
         os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
         for _ in range(3):
             await watch.run([SLEEP, "0.6"])
