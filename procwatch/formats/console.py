@@ -75,10 +75,8 @@ class Console:
         by = f"{_base(parent.exe) or parent.comm or '?'}({parent.pid})" if parent else str(event.ppid or "-")
         place = f"{{{_cut(_name(event.container), 24)}}} " if event.container is not None else ""
         head = f"{_clock(event)}  {event.event:8} {event.pid:>7} {_cut(user, 10):10} {_cut(safe(by), 20):20}"
-        return (
-            self._paint(f"{head} {result:>12} {lived:>8}", paint or event.event)
-            + f"  {self._blanks(event)}{place}{command(event)}"
-        )
+        head = self._paint(f"{head} {result:>12} {lived:>8}", paint or event.event)
+        return f"{head}  {self._blanks(event)}{place}{command(event)}"
 
     def _blanks(self, event: ProcessEvent) -> str:
         """

@@ -307,10 +307,10 @@ class Pace:
     Whether processes live long enough for a prompt look at /proc to find them.
 
     A wake-up for each event costs more than all the rest, and only pays while the process is still there. From the
-    kernel's own stamps we know how long the last ones lived after their exec, and from our own how long it takes from an
-    exec to the end of our look at it (`reach_ns`: on a busy or slow machine many times more than on a quiet one). When
-    nearly all are gone by then, it is better to let events gather. Now and then one look is prompt all the same, to
-    learn whether that has changed.
+    kernel's own stamps we know how long the last ones lived after their exec, and from our own how long it takes from
+    an exec to the end of our look at it (`reach_ns`: on a busy or slow machine many times more than on a quiet one).
+    When nearly all are gone by then, it is better to let events gather. Now and then one look is prompt all the same,
+    to learn whether that has changed.
     """
 
     LEAST_NS, MOST_NS = 150_000, 1_000_000
