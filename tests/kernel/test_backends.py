@@ -24,7 +24,7 @@ from tests.kernel.conftest import EMULATED, Watch
 SLEEP = os.path.realpath(shutil.which("sleep") or "/bin/sleep")
 SH = os.path.realpath("/bin/sh")
 # An emulated machine takes ten times as long, to look at a process as for all else.
-SHORT = "0.3" if EMULATED else "0.03"
+SHORT, PAUSE = ("0.3", "0.5") if EMULATED else ("0.03", "0.2")
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
@@ -234,7 +234,7 @@ async def test_ancestry_survives_the_ancestors(watch: Watch):
     """
     A process knows all above it, though those between are dead when it ends.
     """
-    inner = "sleep 0.2; sleep 1.25 & sleep 0.2"
+    inner = f"sleep {PAUSE}; sleep 1.25 & sleep {PAUSE}"
     with subprocess.Popen(["sh", "-c", f"sh -c 'sh -c \"{inner}\"; :'; :"]) as process:
         await asyncio.to_thread(process.wait)
         last = await watch.wait(lambda event: event.event == "exit" and getattr(event, "argv", 0) == ["sleep", "1.25"])

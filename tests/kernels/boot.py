@@ -293,7 +293,9 @@ def main() -> int:
     except Unavailable as error:
         print(f"no other kernel was tried, for it cannot be downloaded: {error}")
         return 0
-    image = disk(cache, kernels, arguments or cases())
+    if not any((ROOT / argument.partition("::")[0]).exists() for argument in arguments):  # options only
+        arguments += cases()
+    image = disk(cache, kernels, arguments)
     lines, good = [], True
     for kernel in kernels:
         begin = time.monotonic()
