@@ -197,7 +197,7 @@ class Holder:
         if only:
             libc.fanotify_mark(self.group, MARK, fanotify.FAN_OPEN_EXEC_PERM, only)
         else:
-            marks = Marks(self.group, fanotify.FAN_OPEN_EXEC_PERM, lambda: None, slow_mask=fanotify.FAN_OPEN_EXEC)
+            marks = Marks(self.group, fanotify.FAN_OPEN_EXEC_PERM, None, slow_mask=fanotify.FAN_OPEN_EXEC)
             marks.open()
         self.channel.send((READY, marks.limits if marks is not None else []))
         poll = select.poll()

@@ -48,6 +48,8 @@ SLOW_S: Final = 0.5
 NAMESPACES: Final = 256
 _GONE: Final = frozenset({errno.ENOENT, errno.ESRCH, errno.ENOTDIR, errno.ESTALE})
 
+_ONCE = select.EPOLLIN | select.EPOLLONESHOT
+
 
 class Marks:
     """
@@ -56,15 +58,17 @@ class Marks:
     Args:
         group: The fanotify group.
         mask: The events to mark for.
-        tick: Called by the thread about every second.
+        lying: Called by the thread a second after events came into the group; None: never.
         slow_mask: The events to mark for on network filesystems and FUSE, if others.
     """
 
-    def __init__(self, group: int, mask: int, tick: Callable[[], None], *, slow_mask: int | None = None) -> None:
+    def __init__(
+        self, group: int, mask: int, lying: Callable[[], None] | None, *, slow_mask: int | None = None
+    ) -> None:
         self._group = group
         self._mask = mask
         self._slow_mask = mask if slow_mask is None else slow_mask
-        self._tick = tick
+        self._lying = lying
         self._limits: dict[str, str] = {}
         self._slow: dict[str, threading.Thread] = {}
         self._epoll = select.epoll()
@@ -92,6 +96,8 @@ class Marks:
         libc.fanotify_mark(self._group, libc.FAN_MARK_ADD | libc.FAN_MARK_FILESYSTEM, self._mask, "/")
         self._mark_memory()
         self._epoll.register(self._wake, select.EPOLLIN)
+        if self._lying is not None:
+            self._epoll.register(self._group, _ONCE)
         self._watch(os.getpid())
         self._scan()
         end = time.monotonic() + SLOW_S
@@ -124,18 +130,24 @@ class Marks:
         os.close(self._wake)
 
     def _run(self) -> None:
+        check_at: float | None = None  # nobody is woken while nothing happens
         while not self._closing:
             died = False
-            for fd, _ in self._epoll.poll(1.0):
+            for fd, _ in self._epoll.poll(None if check_at is None else max(0.0, check_at - time.monotonic())):
                 if fd == self._wake:
                     os.eventfd_read(fd)
+                elif fd == self._group:
+                    check_at = time.monotonic() + 1.0
                 elif fd in self._watches:
                     died |= not self._look(self._watches[fd])
             if died:
                 self._scan()
             while self._news:
                 self._watch(self._news.popleft())
-            self._tick()
+            if check_at is not None and self._lying is not None and time.monotonic() >= check_at:
+                check_at = None
+                self._lying()
+                self._epoll.modify(self._group, _ONCE)
 
     def _scan(self) -> None:
         """
