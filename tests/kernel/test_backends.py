@@ -248,7 +248,7 @@ async def test_who_waits_for_its_parent_has_ended_once(watch: Watch):
     A zombie is told once, however often it is looked at.
     """
     with subprocess.Popen([SLEEP, "0.3"]) as zombie:
-        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+        await asyncio.to_thread(os.waitid, os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
         for _ in range(3):
             await watch.run([SLEEP, "0.6"])
         found = await watch.events_of(zombie.pid, zombie.wait)
