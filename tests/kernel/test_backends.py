@@ -24,7 +24,7 @@ from tests.kernel.conftest import EMULATED, Watch
 SLEEP = os.path.realpath(shutil.which("sleep") or "/bin/sleep")
 SH = os.path.realpath("/bin/sh")
 # An emulated machine takes ten times as long, to look at a process as for all else.
-SHORT, PAUSE = ("0.3", "0.5") if EMULATED else ("0.03", "0.2")
+SHORT, BRIEF, PAUSE, MANY = ("1.0", "0.3", "0.5", 30) if EMULATED else ("0.03", "0.05", "0.2", 300)
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
@@ -111,7 +111,7 @@ async def test_exit_codes(watch: Watch):
     """
     Code and not wait status.
     """
-    *_, ended = await watch.run(["sh", "-c", "sleep 0.05; exit 42"])
+    *_, ended = await watch.run(["sh", "-c", f"sleep {BRIEF}; exit 42"])
     assert known(watch, ended, "code", 42)
     assert ended.signal is None
 
@@ -259,7 +259,7 @@ async def test_arguments_are_bytes(watch: Watch):
     """
     What is not UTF-8 is there to the byte; empty arguments and newlines too.
     """
-    argv = [b"sh", b"-c", b"sleep 0.05 # \n", b"\xff\xfe", b"", b"\x1b[31m", "größe".encode()]
+    argv = [b"sh", b"-c", f"sleep {BRIEF} # \n".encode(), b"\xff\xfe", b"", b"\x1b[31m", "größe".encode()]
     started, _ = await watch.run(argv)
     assert [os.fsencode(argument) for argument in started.argv] == argv
     assert "argv" in raw_of(started)
@@ -269,7 +269,7 @@ async def test_a_long_command_line(watch: Watch):
     """
     Longer than a page: whole, or as far as it goes and called truncated.
     """
-    argv = ["sh", "-c", "sleep 0.05", *(f"argument-{n}" for n in range(2000))]
+    argv = ["sh", "-c", f"sleep {BRIEF}", *(f"argument-{n}" for n in range(2000))]
     started, _ = await watch.run(argv)
     if started.argv_truncated:
         assert argv[: len(started.argv) - 1] == started.argv[:-1]
@@ -281,7 +281,7 @@ def three_hundred() -> None:
     """
     Ten at a time, so that it is a test of the watcher, and not of the scheduler.
     """
-    for ten in range(100, 400, 10):
+    for ten in range(100, 100 + MANY, 10):
         processes = [subprocess.Popen(["sleep", f"{SHORT}{number}"]) for number in range(ten, ten + 10)]
         for process in processes:
             process.wait()
@@ -295,11 +295,11 @@ async def test_three_hundred_short_lives(watch: Watch):
         pytest.skip("the scan cannot promise it")
     await asyncio.to_thread(three_hundred)
     await watch.run(["sleep", "0"])
-    wanted = {("sleep", f"{SHORT}{number}") for number in range(100, 400)}
+    wanted = {("sleep", f"{SHORT}{number}") for number in range(100, 100 + MANY)}
     execs = [event for event in watch.collector.of("exec") if event.argv and tuple(event.argv) in wanted]
     assert {tuple(event.argv) for event in execs} == wanted
     assert {event.exe for event in execs} == {SLEEP}
-    assert len(execs) == 300
+    assert len(execs) == MANY
     exits = {event.id: event for event in watch.collector.of("exit")}
     for started in execs:
         ended = exits[started.id]
