@@ -82,6 +82,13 @@ class Joins:
             found[pid] = ran
         return found
 
+    @property
+    def waiting(self) -> bool:
+        """
+        Whether there is anything to match.
+        """
+        return bool(self._opens)
+
     def forget(self, pid: int) -> None:
         """
         A process has ended: what it opened last was for nothing.

@@ -139,7 +139,9 @@ class Table:
         Take facts in the order of their time. Opens and accounts come before the execs and exits that they are of.
         """
         apply = self._apply
-        if self._look is not None:
+        if self._ran:
+            self._ran = {}
+        if self._accounts or self.joins.waiting:
             self._ran = self.joins.match(facts, self._accounts)
         for fact in facts:
             apply[type(fact)](fact)
