@@ -159,12 +159,11 @@ class Express:
                     and (depth := parent.depth + 1) < MAX_DEPTH
                     and ppid is not None
                     and ppid != KTHREADD
+                    and (context := details.line) is not None  # the first of its kind goes the general way
+                    and details.named == generation
                 ):
                     try:
                         argv_text = _encode(argv)
-                        context = details.line
-                        if context is None or details.named != generation:
-                            context = lines.context(details)
                         if view is None or parent.view is not view:
                             view = parent.as_parent()
                             parent_text = b',"argv_truncated":false,"parent":' + _encode(view)

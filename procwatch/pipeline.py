@@ -216,7 +216,7 @@ class Pipeline:
         """
         From now on write lines at once where that is possible, or no more: see Express.
         """
-        odd = (self._keep, self._under, self._inspector, self._limit)
+        odd = (self._keep, self._under, self._limit)
         possible = (
             [source.name for source in self.sources] == ["ebpf"]
             and "exec" in self._kinds

@@ -328,10 +328,9 @@ class Watcher:
             self.open()
         assert self._selection is not None
         selection, started_ns = self._selection, self._opened_ns
-        if self._hash is not None or self._file_facts:
-            self._inspector = Inspector(
-                files=self._file_facts, hashes=self._hash is not None, on_ready=self._wake_for_names
-            )
+        self._inspector = Inspector(
+            files=self._file_facts, hashes=self._hash is not None, on_ready=self._wake_for_names
+        )
         self._enricher = Enricher(roots=self._roots, on_ready=self._wake_for_names)
         self.maker.names = self._enricher
         if state is not None:

@@ -191,11 +191,12 @@ def test_a_real_ring():
 
 def test_the_ordinary_goes_the_short_way():
     """
-    An exec of a new process and its end, whoever else did something odd in between.
+    An exec of a new process and its end, whoever else did something odd in between; but for the first of a kind.
     """
     common = shared(b"x", b"x", 0)
     own = struct.pack("<QIIII", 10, 10, 2, 0, len(common)) + common + b"x\0"
     usage = struct.pack("<QQQQQII16s", 0, 0, 5, 7, 0, 0, 0, b"x")
+    first = record(EXEC, 12, 50, 40, SHELL, 4, own) + record(EXIT, 12, 60, 40, SHELL, 0, usage)
     ring = b"".join(
         [
             record(EXEC, 10, 100, 50, SHELL, 4, own),
@@ -206,5 +207,6 @@ def test_the_ordinary_goes_the_short_way():
     )
     short = Way(("exec", "exit"), express=True)
 
-    assert short.write(decoded([ring])) == Way(("exec", "exit"), express=False).write(decoded([ring]))
+    drains = [first, ring]
+    assert short.write(decoded(drains)) == Way(("exec", "exit"), express=False).write(decoded(drains))
     assert short.short == 2

@@ -1,7 +1,9 @@
 """
-Facts about the file that ran, and the user inside a user namespace: looked up once for each kind of process.
+The user inside a user namespace, the login's session, and facts about the file that ran: looked up once for each kind
+of process.
 
-It is opt-in: each first sight costs one or two stat(2), and a stat on a dead network file system waits.
+Of the file only when asked for: each first sight costs one or two stat(2), and a stat on a dead network file system
+waits.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from procwatch.enrich.files import Files
 from procwatch.enrich.hashes import Hash, Hasher
 from procwatch.enrich.users import inside, parse_id_map
 from procwatch.facts import Details
+from procwatch.sources import procfs
 
 INITIAL_USER_NAMESPACE: Final = 0xEFFFFFFD  # include/linux/proc_ns.h
 MAX_NAMESPACES: Final = 4096
@@ -39,8 +42,10 @@ class Inspector:
         Look at the executable of `pid`, unless these details were looked at before.
         """
         details.inspected = True
-        if details.namespaces is not None and details.uid is not None:
-            details.ns_uid = self._uid_inside(pid, details.namespaces.get("user"), details.uid)
+        if details.uid is not None:
+            details.ns_uid = self._uid_inside(pid, _user_namespace(pid, details), details.uid)
+        if details.auid is not None and details.audit_session is None:
+            details.audit_session = procfs.audit_session(pid)
         if details.exe is None or details.exe_memfd:
             return
         if self._files is not None:
@@ -86,3 +91,15 @@ class Inspector:
                 self._maps.clear()
             self._maps[namespace] = rows
         return inside(uid, rows)
+
+
+def _user_namespace(pid: int, details: Details) -> int | None:
+    """
+    The inode number of its user namespace: as the kernel told it, else while the process lives.
+    """
+    if details.namespaces is not None:
+        return details.namespaces.get("user")
+    try:
+        return os.stat(f"/proc/{pid}/ns/user").st_ino
+    except OSError:
+        return None

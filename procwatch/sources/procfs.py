@@ -80,6 +80,13 @@ def stat(pid: int) -> decode.Stat | None:
     return _stat(data) if isinstance(data, bytes) else None
 
 
+def audit_session(pid: int) -> int | None:
+    """
+    The number of the login that a process comes from, or None: sessionid in proc(5).
+    """
+    return _number(_text(None, f"/proc/{pid}/sessionid"))
+
+
 def mount_namespace(pid: int) -> int:
     """
     The inode number of a process's mount namespace, or 0 where it cannot be read.
