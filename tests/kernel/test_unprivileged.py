@@ -82,7 +82,7 @@ def test_an_ordinary_user_sees_others_arguments_and_all_of_its_own(backend: str)
         ready = json.loads(output.readline())
         if backend == "auto":
             assert {"name", "reason", "remedy"} == set(ready["skipped"][0])
-        theirs, own = ["sleep", "0.2", "0.011"], ["sleep", "0.2", "0.012"]
+        theirs, own = ["sleep", "0.5", "0.011"], ["sleep", "0.5", "0.012"]
         subprocess.run(theirs, check=True)
         subprocess.run(own, check=True, user=NOBODY, group=NOBODY, extra_groups=[])
         found: list[dict[str, Any]] = []

@@ -84,7 +84,7 @@ async def test_a_server_that_is_killed_in_the_middle_loses_nothing_and_doubles_n
                     server.kill()
                 elif first % 3000 == 2501:
                     await server.start()
-            await idle(sink)
+            await until(lambda: sink.stats().written + sink.stats().dropped == 9000, "all being there")
             stats = sink.stats()
         assert (stats.written, stats.dropped) == (9000, 0)
         assert stats.failures > 0
