@@ -129,7 +129,8 @@ def unpack(package: str, cache: Path) -> Path:
         done = subprocess.run(command, cwd=downloads, capture_output=True, text=True, check=False)
         archive = next(downloads.glob(f"{package}_*.deb"), None)
         if done.returncode or archive is None:
-            raise Unavailable(f"apt-get download {package}: {done.stderr.strip() or 'no file'}")
+            why = done.stderr.partition("\n")[0] or "no file"
+            raise Unavailable(f"apt-get download {package}: {why}")
         subprocess.run(["dpkg", "-x", archive, unpacked], check=True)
         archive.unlink()
     return unpacked
