@@ -694,8 +694,15 @@ class Table:
             if process is None or self._look is None:
                 continue
             details = self._look(pid)
-            if not _same(process, details) or (details.threads or 0) <= 1:
-                self._end(process, now_ns, process.leader_status, None)
+            if _same(process, details) and (details.threads or 0) > 1:
+                continue
+            if process.leader_status == 0 and (process.tids or process.others):
+                # That the leader left by itself says nothing of the code, and the news of the last thread's end, with
+                # the code, may lie unread: it has been read at the next look.
+                process.tids, process.others = None, 0
+                self._doubtful[pid] = now_ns + HOLD_NS
+            else:
+                self._end(process, now_ns, process.leader_status or None, None)
 
     def _set_start(self, process: Process, start: int) -> None:
         if start != process.start_ticks:

@@ -800,3 +800,26 @@ def test_accounts_and_opens_of_nobody_are_bounded_or_dropped():
         bench.take(Accounted(at(1), 1000 + pid), Opened(at(1), 1000 + pid))
     assert len(bench.table._accounts) <= 16_384
     assert len(bench.table.processes) == 1
+
+
+def test_the_code_of_the_last_thread_may_still_be_on_its_way():
+    """
+    A look that finds a process gone does not end it with the leader's 0 while the last thread's end may lie unread.
+    """
+    gone = Details(missing={"exe": "exited"})
+    bench = Bench(look=lambda pid: gone, kinds=("exit",))
+    bench.take(fork(5), Thread(at(2), 5, 6, True), leader(5, 3))
+    assert bench.take(now=3 + HOLD_NS / MS) == []
+    (ended,) = bench.take(Thread(at(4), 5, 6, False, 9 << 8), now=4 + HOLD_NS / MS)
+    assert (ended.pid, ended.code) == (5, 9)
+
+
+def test_an_end_that_stays_unread_has_no_code():
+    """
+    If nothing more is told, the process has ended, and how is not known.
+    """
+    bench = Bench(look=lambda pid: Details(missing={"exe": "exited"}), kinds=("exit",))
+    bench.take(fork(5), Thread(at(2), 5, 6, True), leader(5, 3))
+    bench.take(now=3 + HOLD_NS / MS)
+    (ended,) = bench.take(now=4 + 2 * HOLD_NS / MS)
+    assert (ended.pid, ended.code, ended.missing["code"]) == (5, None, "not_reported")
