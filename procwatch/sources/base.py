@@ -4,12 +4,26 @@ What a source is: one kernel mechanism, read by one class that knows nothing of 
 
 from __future__ import annotations
 
+import socket
 from typing import ClassVar, Protocol
 
 from msgspec import Struct
 
 from procwatch.errors import SourceUnavailable
 from procwatch.facts import Fact
+
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h; CAP_NET_ADMIN
+
+
+def set_receive_buffer(receiver: socket.socket, size: int) -> None:
+    """
+    Ask for a receive buffer of `size` bytes: beyond net.core.rmem_max if we may, else as much as is allowed.
+    """
+    size = min(size, 0x3FFFFFFF)  # the kernel doubles it, in an int
+    try:
+        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+    except PermissionError:
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 class SourceStats(Struct, frozen=True):

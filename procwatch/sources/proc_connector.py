@@ -27,11 +27,10 @@ from typing import ClassVar
 
 from procwatch.errors import DecodeError, SourceUnavailable
 from procwatch.facts import Exec, Fact, Fork, Lost, Thread
-from procwatch.sources.base import SourceStats
+from procwatch.sources.base import SourceStats, set_receive_buffer
 from procwatch.sources.births import Births
 from procwatch.wire import cn_proc
 
-SO_RCVBUFFORCE = 33
 SO_MEMINFO = 55
 SK_MEMINFO_DROPS = 8
 ACK_TIMEOUT_S = 1.0
@@ -95,7 +94,7 @@ class ProcConnector:
         except OSError as error:
             raise self._unavailable(error) from error
         try:
-            self._set_buffer()
+            set_receive_buffer(self._socket, self._buffer_bytes)
             self._socket.bind((0, cn_proc.CN_IDX_PROC))
             number = int.from_bytes(os.urandom(4), "little")
             self._socket.send(cn_proc.request(cn_proc.PROC_CN_MCAST_LISTEN, ack=number))
@@ -108,14 +107,6 @@ class ProcConnector:
             raise
         self._drops_at_open = self._drops()
         self._births = Births(lambda: self._born)
-
-    def _set_buffer(self) -> None:
-        assert self._socket is not None
-        size = min(self._buffer_bytes, 0x3FFFFFFF)  # the kernel doubles it, in an int
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
-        except PermissionError:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
     def _await_acknowledgement(self, number: int) -> None:
         """

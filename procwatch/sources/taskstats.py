@@ -27,13 +27,12 @@ from typing import ClassVar
 
 from procwatch.errors import DecodeError, SourceUnavailable
 from procwatch.facts import Accounted, Fact, Lost, Usage
-from procwatch.sources.base import SourceStats
+from procwatch.sources.base import SourceStats, set_receive_buffer
 from procwatch.wire import taskstats
 from procwatch.wire.taskstats import Record
 
 NETLINK_GENERIC = 16
 GENL_ID_CTRL = 16
-SO_RCVBUFFORCE = 33
 SO_MEMINFO = 55
 SK_MEMINFO_DROPS = 8
 ACK_TIMEOUT_S = 1.0
@@ -87,7 +86,7 @@ class Taskstats:
             self._socket.settimeout(ACK_TIMEOUT_S)
             self._socket.bind((0, 0))
             self._register(self._find_family())
-            self._set_buffer()
+            set_receive_buffer(self._socket, self._buffer_bytes)
         except (OSError, DecodeError) as error:
             self.close()
             raise self._unavailable(error) from error
@@ -147,14 +146,6 @@ class Taskstats:
             if code == 0:
                 return answer
             answer = answer or data  # later ones are records already, of ends while we register
-
-    def _set_buffer(self) -> None:
-        assert self._socket is not None
-        size = min(self._buffer_bytes, 0x3FFFFFFF)  # the kernel doubles it, in an int
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
-        except PermissionError:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
     def _unavailable(self, error: Exception) -> SourceUnavailable:
         number = error.errno if isinstance(error, OSError) else 0

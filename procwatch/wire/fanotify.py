@@ -15,7 +15,6 @@ FAN_OPEN_EXEC: Final = 0x00001000
 FAN_Q_OVERFLOW: Final = 0x00004000
 FAN_OPEN_EXEC_PERM: Final = 0x00040000
 FAN_ALLOW: Final = 1
-FAN_NOFD: Final = -1
 
 _METADATA: Final = struct.Struct("=IBBHQii")
 _RESPONSE: Final = struct.Struct("=iI")
