@@ -299,10 +299,12 @@ def test_fork_bomb(backend: str):
                     _kill(int(pid))
         stop = running.finish()
 
-    mine = [line for line in running.lines if bomb in (line.get("argv") or ())]  # theirs is their parent's
+    mine = running.lines
+    if backend != "scan":  # that comes too late for the arguments of most: theirs are their parent's
+        mine = [line for line in mine if bomb in (line.get("argv") or ())]
     ended = {line["id"] for line in mine if line["event"] in ("exit", "vanished")}
     born = {line["id"] for line in mine if line["event"] in ("fork", "exec")}
-    assert stop["lost"] or len(ended) >= 100
+    assert len(ended) + stop["lost"] >= 100
     assert backend == "scan" or born <= ended
 
 
