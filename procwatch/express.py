@@ -1,46 +1,65 @@
 """
-The short way from facts to lines, for what nearly all execs and exits are.
+The short way from the kernel's records to lines, for what nearly all execs and exits are.
 
-    facts ─┬─ plain ──────────────────────────────> lines
-           └─ anything else ─> table ─> drafts ─> (formats)
+    records ─┬─ plain ───────────────────────────────────────> lines
+             └─ anything else ─> facts ─> table ─> drafts ─> (formats)
 
-When all that anybody wants is native JSON, a whole exec and its exit need no draft, no look at what may be joined and
-no queue: the table is changed and the line is written in one place. Half of what an event costs is calling functions
-and making objects, and this does without both; it is the only reason for this module to be.
+When all that anybody wants is native JSON, a whole exec and its exit need no fact, no draft, no look at what may be
+joined and no queue: the line is written from the record. Half of what an event costs is calling functions and making
+objects, and this does without both; it is the only reason for this module to be.
 
 What is plain: an exec that the kernel told whole, of a process that was not known, with a parent that is; an exit with
-a code, of a process whose exec was written. Whatever is out of the ordinary goes the general way, fact by
-fact and in its place. Both ways leave the same table and give the same lines, to the byte (tests/test_express.py).
+a code, of a process whose exec was written. Whatever is out of the ordinary goes the general way, record by record and
+in its place. Both ways leave the same table and give the same lines, to the byte (tests/test_express.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+import struct
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
+from msgspec import Struct
 from msgspec.json import Encoder
 
-from procwatch import events
-from procwatch.events import Event
-from procwatch.facts import Exec, Exit, Fact
+from procwatch.errors import DecodeError
+from procwatch.events import Event, Exec, Exit, Parent
+from procwatch.facts import Details, Fact, Lost
 from procwatch.formats.native import Lines
 from procwatch.table.draft import Draft, Maker, Who
 from procwatch.table.identity import NS_PER_TICK
 from procwatch.table.process import MAX_DEPTH, Process
 from procwatch.table.table import KTHREADD, Table
+from procwatch.wire.bpf_event import (
+    ARGV_CUT,
+    ARGV_FAULT,
+    EXEC,
+    EXEC_RECORD,
+    EXEC_SIZE,
+    EXIT,
+    EXIT_RECORD,
+    EXIT_SIZE,
+    FIRST,
+    NO_MM,
+    PAGESIZE,
+    RING_HEADER,
+    Bytes,
+    Decoder,
+    arguments,
+    cpu_times,
+)
 
-# Facts whose lines are put together at once: 64 kB of text, for which malloc() does not ask the kernel each time.
-CHUNK = 64
 _CLEAR = b',"missing":{},"inferred":[]'
 _EXEC, _FORKED = _CLEAR + b"}\n", _CLEAR + b',"forked":true}\n'
-_EXITED = (
-    _CLEAR + b',"code":%d,"signal":null,"core_dumped":false,"duration_ns":',
-    _CLEAR.replace(b"{}", b'{"max_rss_bytes":"not_reported"}')
-    + b',"code":%d,"signal":null,"core_dumped":false,"duration_ns":',
-)
 # Bytes are formatted with %: it is three times as quick as an f-string and encode() where there are numbers.
-_USAGE = b'%d,"cpu_user_ns":%d,"cpu_system_ns":%d,"max_rss_bytes":%d}\n'
-_USAGE_NO_RSS = _USAGE.replace(b"%d}", b"null}")
+_EXIT = _CLEAR + (
+    b',"code":%d,"signal":null,"core_dumped":false,"duration_ns":%d,"cpu_user_ns":%d,"cpu_system_ns":%d'
+    b',"max_rss_bytes":%d}\n'
+)
+_EXIT_NO_RSS = _EXIT.replace(b"{}", b'{"max_rss_bytes":"not_reported"}').replace(b'bytes":%d', b'bytes":null')
+_OWN = b'%d-%d","pid":%d'
+_SECOND_NS = 1_000_000_000
+_NEVER_NS = -1 << 62
 
 _encode = Encoder().encode
 
@@ -65,144 +84,311 @@ class Written(Event, frozen=True, kw_only=True, tag="written"):
         return self.execs + self.exits
 
 
+@runtime_checkable
+class Records(Protocol):
+    """
+    What is asked of the eBPF source.
+    """
+
+    decoder: Decoder
+
+    def drain(self, walk: Callable[[Bytes, int, int, int], int]) -> Lost | None:
+        """
+        Give all records to `walk`; what was lost.
+        """
+
+    def took(self, facts: int) -> None:
+        """
+        Count them.
+        """
+
+
+class Common(Struct, gc=False):
+    """
+    What a process has in common with the one before: most come in rows.
+    """
+
+    ppid: int
+    parent: Process
+    view: Parent
+    depth: int
+    details: Details
+    # As they stand in a line.
+    before: bytes  # what is between pid and argv
+    after: bytes  # what is between argv and ns_pid
+    where: bytes  # what is behind that
+
+    def text(self, argv: bytes, ns_pid: bytes = b"") -> bytes:
+        """
+        All that follows the pid.
+        """
+        return b"".join((self.before, argv, self.after, ns_pid, self.where))
+
+
+# A process that was born, or at least executed something, in this very drain: when it was born (ns and ticks), its id
+# and pid as text, all that follows them in each line, what of it is common, its arguments, and its pid in its own
+# namespace. Most end before they must be made a process of the table.
+Life = tuple[int, int, bytes, bytes, Common, bytes, int]
+
+
 class Express:
     """
-    Takes the eBPF source's facts into a table, as Table.apply() and Table.flush_drafts() do, and writes lines of what
-    is plain.
+    Takes the eBPF source's records into a table, as its facts and Table.apply() do, and writes lines of what is plain.
 
     Args:
-        table: The table that the facts are for. It must be asked for execs, and not for forks, nor for `ancestors`.
+        source: Whose records.
+        table: The table that they are for. It must be asked for execs, and not for forks, nor for `ancestors`.
         maker: Whose names and host the lines show.
         lines: Writes the other drafts, too.
         tells_exit: Whether exits are wanted.
     """
 
-    def __init__(self, table: Table, maker: Maker, lines: Lines, *, tells_exit: bool) -> None:
+    def __init__(self, source: Records, table: Table, maker: Maker, lines: Lines, *, tells_exit: bool) -> None:
+        self._source = source
         self._table = table
         self._maker = maker
         self._lines = lines
         self._tells_exit = tells_exit
-        self._exited = [tuple(text % code for text in _EXITED) for code in range(256)]
+        self._boot = table.boot.encode()
+        self._fresh: dict[int, Life] = {}
+        # Of one drain, line by line.
+        self._times: list[int] = []
+        self._told: list[bytes | list[Event | Draft]] = []  # a line, or what became of one that is not plain
+        self._general_facts = self._exits = 0
+        self._late = False
+        self.until_ns: int | None = None  # of the last fact; None: there was none
 
-    def take(self, facts: Sequence[Fact]) -> list[Event | Draft]:
+    def take(self) -> list[Event | Draft]:
         """
-        What is decided, in order.
-
-        Args:
-            facts: In the order of their time.
+        What is decided, in the order of the kernel's time.
         """
         out = self._table.flush_drafts(0)
-        at = 0
-        while at < len(facts):
-            chunk = facts[at : at + CHUNK]
-            ns = self._lines.since_second(chunk[0].time_ns)
-            if ns + chunk[-1].time_ns - chunk[0].time_ns >= 1_000_000_000:
-                chunk = chunk[:1]
-            self._take(chunk, out)
-            at += len(chunk)
+        lost = self._source.drain(self._walk)
+        times, told = self._times, self._told
+        self._source.took(len(times) + (lost is not None))
+        self.until_ns = None
+        if times:
+            order: Sequence[int] = range(len(times))
+            if self._late:  # each CPU writes for itself, so some records of different processes overtake others
+                order = sorted(order, key=times.__getitem__)
+            self.until_ns = times[order[-1]]
+            if self._general_facts:
+                run: list[int] = []
+                for at in order:
+                    item = told[at]
+                    if isinstance(item, bytes):
+                        run.append(at)
+                        continue
+                    if run:
+                        out.append(self._written(run))
+                        run = []
+                    out += item
+                order = run
+            if order:
+                out.append(self._written(order))
+            times.clear()
+            told.clear()
+            self._general_facts = self._exits = 0
+            self._late = False
+        if lost is not None:
+            self.until_ns = lost.time_ns
+            self._table.apply((lost,))
+            out += self._table.flush_drafts(0)
         return out
 
-    def _take(self, facts: Sequence[Fact], out: list[Event | Draft]) -> None:
+    def _written(self, run: Sequence[int]) -> Written:
         """
-        Facts of one second of the wall clock.
+        The lines at these places, as one.
         """
-        table, lines, tells_exit, exited = self._table, self._lines, self._tells_exit, self._exited
-        processes, boot = table.processes, table.boot.encode()
-        generation, host, second_ns = self._maker.names.generation, lines.host, lines.second_ns
-        exec_head, exit_head = lines.head(events.Exec), lines.head(events.Exit)
-        view, parent_text, ppid_text = None, b"", b""
-        pieces: list[bytes] = []
-        put = pieces.extend
-        execs = exits = 0
+        since, until = (self._maker.clock.stamp(self._times[at]) for at in (run[0], run[-1]))
+        told = self._told if len(run) == len(self._told) and not self._late else [self._told[at] for at in run]
+        data = b"".join(told)  # type: ignore[arg-type]
+        exits = self._exits
+        if self._general_facts:  # which of them are in this run?
+            exits = sum(line.startswith(b'{"event":"exit"') for line in told)  # type: ignore[union-attr]
+        return Written(time=since, host=self._maker.host, data=data, execs=len(run) - exits, exits=exits, until=until)
 
-        for fact in facts:
-            # Each branch reads the fields itself: Python is quick where a line of code sees one type only.
-            if type(fact) is Exit:
-                pid, usage, status = fact.pid, fact.usage, fact.status
-                process = processes.get(pid)
-                if (
-                    process is not None
-                    and process.who is not None
-                    and (text := process.who.plain) is not None
-                    and (context := process.details.line) is not None
-                    and process.details.named == generation
-                    and (start_ns := fact.start_ns) is not None
-                    and start_ns // NS_PER_TICK == process.start_ticks
-                    and usage is not None
-                    and status is not None
-                    and not status & 0xFF
-                ):
-                    del processes[pid]
-                    process.ended = True
-                    if tells_exit:
-                        time_ns, rss = fact.time_ns, usage.max_rss_bytes
-                        marks = exited[status >> 8 & 0xFF][rss is None]
-                        times = (time_ns - process.born_ns, usage.cpu_user_ns, usage.cpu_system_ns)
-                        tail = _USAGE_NO_RSS % times if rss is None else _USAGE % (*times, rss)
-                        ns = time_ns - second_ns
-                        stamp = b"%d" % ns if ns > 99_999_999 else b"%09d" % ns
-                        put((exit_head, stamp, host, text, context, marks, tail))
-                        exits += 1
+    def _walk(self, data: Bytes, at: int, end: int, most: int) -> int:
+        """
+        As Decoder.decode(): in one function, for a call costs a tenth of what a record does.
+        """
+        decoder, table, lines, tells_exit = self._source.decoder, self._table, self._lines, self._tells_exit
+        unpack_exec, unpack_exit, peaks = EXEC_RECORD.unpack_from, EXIT_RECORD.unpack_from, decoder.peaks
+        processes, fresh = table.processes, self._fresh
+        timed, tell = self._times.append, self._told.append
+        generation, second_ns = self._maker.names.generation, _NEVER_NS
+        host = lines.host + b'"id":"' + self._boot + b"-"
+        exec_head = exit_head = after = last = key_before = b""
+        common: Common | None = None
+        argv: bytes | None = None
+        rest: bytes | None = None
+        raw_before: bytes | None = None
+        ppid_before, exits = -1, 0
+        before = self._times[-1] if self._times else 0
+
+        try:
+            for _ in range(most):
+                if at >= end:
+                    break
+                kind = data[at + 8]
+                own: bytes | None = None  # set when it is plain
+                if kind == EXIT:
+                    # fmt: off
+                    (length, pid, time, start, _, flags,
+                     utime, stime, runtime, peak, group_peak, status, _) = unpack_exit(data, at)
+                    # fmt: on
+                    # A record that is busy or discarded has a bit set that makes it too long for everything.
+                    if EXIT_SIZE <= length <= end - at - RING_HEADER and not status & 0xFF:
+                        life = fresh.get(pid)
+                        if life is not None:
+                            if life[0] == start:
+                                own, after, born = life[2], life[3], start
+                                del fresh[pid]
+                        else:
+                            process = processes.get(pid)
+                            if (
+                                process is not None
+                                and process.start_ticks == start // NS_PER_TICK
+                                and (who := process.who) is not None
+                                and who.plain is not None
+                                and (context := process.details.line) is not None
+                                and process.details.named == generation
+                            ):
+                                own, after, born = who.plain, who.plain_after + context, process.born_ns
+                                del processes[pid]
+                                process.ended = True
+                                if pid == ppid_before:
+                                    ppid_before = -1
+                        if own is not None and tells_exit:
+                            user, system = (runtime, 0) if not stime else cpu_times(utime, stime, runtime)
+                            rss = decoder.late_peak(pid, group_peak) if flags & NO_MM else peak * PAGESIZE or None
+                            used = (status >> 8 & 0xFF, time - born, user, system)
+                            last = _EXIT_NO_RSS % used if rss is None else _EXIT % (*used, rss)
+                            exits += 1
+
+                elif kind == EXEC:
+                    # fmt: off
+                    (length, pid, time, start, ppid, flags,
+                     peak, ns_pid, argv_here, argv_before, shared) = unpack_exec(data, at)
+                    # fmt: on
+                    shared_at = at + EXEC_SIZE
+                    argv_at = shared_at + shared
+                    argv_end = argv_at + argv_here
+                    if (
+                        argv_end - at - RING_HEADER <= length <= end - at - RING_HEADER
+                        and not (flags & (ARGV_CUT | ARGV_FAULT) or argv_before)
+                        and pid not in fresh
+                        and pid not in processes
+                    ):
+                        key, raw = data[shared_at:argv_at], data[argv_at:argv_end]
+                        if ppid != ppid_before or key != key_before:
+                            common = self._common(decoder.details(key), generation, ppid)
+                            ppid_before, key_before, raw_before = ppid, key, None
+                        if raw != raw_before and common is not None:
+                            argv, raw_before = _argv(raw), raw
+                            rest = common.text(argv) if argv is not None else None
+                        if common is not None and argv is not None and rest is not None:
+                            ticks = start // NS_PER_TICK
+                            own, after = _OWN % (pid, ticks, pid), rest
+                            if ns_pid != pid:
+                                after = common.text(argv, b',"ns_pid":%d' % ns_pid)
+                            fresh[pid] = (start, ticks, own, after, common, raw, ns_pid)
+                            last = _FORKED if flags & FIRST else _EXEC
+                            if peaks is not None:
+                                peaks[pid] = peak
+
+                if own is None:
+                    begin, at = at, self._general(data, at, end)
+                    if at == begin:
+                        break
+                    ppid_before, second_ns, before = -1, _NEVER_NS, self._times[-1] if self._times else 0
                     continue
+                at += RING_HEADER + (length + 7 & ~7)
+                if kind == EXEC or tells_exit:
+                    ns = time - second_ns
+                    if not 0 <= ns < _SECOND_NS:
+                        ns = lines.since_second(time)
+                        second_ns, exec_head, exit_head = lines.second_ns, lines.head(Exec), lines.head(Exit)
+                    stamp = b"%d" % ns if ns > 99_999_999 else b"%09d" % ns
+                    tell(b"".join((exec_head if kind == EXEC else exit_head, stamp, host, own, after, last)))
+                    timed(time)
+                    if time < before:
+                        self._late = True
+                    before = time
+        except (struct.error, IndexError):
+            raise DecodeError("the last record is cut") from None
+        finally:
+            self._exits += exits
+            self._settle()
+        if at > end:
+            raise DecodeError("the padding of the last record is cut")
+        return at
 
-            elif type(fact) is Exec:
-                pid, ppid, argv, details, start_ns = fact.pid, fact.ppid, fact.argv, fact.details, fact.start_ns
-                parent = processes.get(ppid)  # type: ignore[arg-type]
-                if (
-                    parent is not None
-                    and pid not in processes
-                    and start_ns is not None
-                    and details is not None
-                    and not details.missing
-                    and argv is not None
-                    and not fact.argv_truncated
-                    and (depth := parent.depth + 1) < MAX_DEPTH
-                    and ppid is not None
-                    and ppid != KTHREADD
-                    and (context := details.line) is not None  # the first of its kind goes the general way
-                    and details.named == generation
-                ):
-                    try:
-                        argv_text = _encode(argv)
-                        if view is None or parent.view is not view:
-                            view = parent.as_parent()
-                            parent_text = b',"argv_truncated":false,"parent":' + _encode(view)
-                            ppid_text = b',"ppid":%d,"argv":' % ppid
-                    except UnicodeEncodeError:
-                        view = None
-                    else:
-                        start = start_ns // NS_PER_TICK
-                        identity = b"%b-%d-%d" % (boot, pid, start)
-                        text = b'"id":"%b","pid":%d%b%b%b' % (identity, pid, ppid_text, argv_text, parent_text)
-                        name = identity.decode()
-                        ns_pid = fact.ns_pid
-                        if ns_pid == pid:
-                            ns_pid = None
-                        elif ns_pid is not None:
-                            text += b',"ns_pid":%d' % ns_pid
-                        processes[pid] = Process(
-                            pid, start, name, parent, details, ppid, argv, False, ns_pid, depth, start_ns,
-                            Who(name, pid, ppid, argv, False, view, ns_pid, None, text, text),
-                        )  # fmt: skip
-                        last = _FORKED if fact.first else _EXEC
-                        ns = fact.time_ns - second_ns
-                        stamp = b"%d" % ns if ns > 99_999_999 else b"%09d" % ns
-                        put((exec_head, stamp, host, text, context, last))
-                        execs += 1
-                        continue
+    def _general(self, data: Bytes, at: int, end: int) -> int:
+        """
+        One record by way of the table.
+        """
+        self._settle()
+        facts: list[Fact] = []
+        at = self._source.decoder.decode(data, at, end, facts, 1)
+        self._general_facts += len(facts)
+        for fact in facts:
+            self._late |= bool(self._times) and fact.time_ns < self._times[-1]
+            self._table.apply((fact,))
+            self._times.append(fact.time_ns)
+            self._told.append(self._table.flush_drafts(0))
+        return at
 
-            if pieces:
-                out.append(self._written(pieces, execs, exits, facts))
-                pieces.clear()
-                execs = exits = 0
-            view = None
-            table.apply((fact,))
-            out += table.flush_drafts(0)
+    def _common(self, details: Details, generation: int, ppid: int) -> Common | None:
+        """
+        What plain execs have in common; None if these are not plain.
+        """
+        if (life := self._fresh.pop(ppid, None)) is not None:
+            self._enter(ppid, life)
+        parent = self._table.processes.get(ppid)
+        where = details.line  # the first of its kind goes the general way
+        if (
+            parent is None
+            or ppid == KTHREADD
+            or parent.depth + 1 >= MAX_DEPTH
+            or details.missing
+            or where is None
+            or details.named != generation
+        ):
+            return None
+        view = parent.as_parent()
+        try:
+            after = b',"argv_truncated":false,"parent":' + _encode(view)
+        except UnicodeEncodeError:
+            return None
+        return Common(ppid, parent, view, parent.depth + 1, details, b',"ppid":%d,"argv":' % ppid, after, where)
 
-        if pieces:
-            out.append(self._written(pieces, execs, exits, facts))
+    def _settle(self) -> None:
+        """
+        Into the table with all that live.
+        """
+        for pid, life in self._fresh.items():
+            self._enter(pid, life)
+        self._fresh.clear()
 
-    def _written(self, pieces: list[bytes], execs: int, exits: int, facts: Sequence[Fact]) -> Written:
-        since, until = map(self._maker.clock.stamp, (facts[0].time_ns, facts[-1].time_ns))
-        host = self._maker.host
-        return Written(time=since, host=host, data=b"".join(pieces), execs=execs, exits=exits, until=until)
+    def _enter(self, pid: int, life: Life) -> None:
+        start, ticks, own, after, common, raw, inner_pid = life
+        ns_pid = inner_pid if inner_pid != pid else None
+        name = f"{self._table.boot}-{pid}-{ticks}"
+        argv = arguments(raw)
+        mine = after[: -len(common.where)]
+        text = b'"id":"%b-%b%b' % (self._boot, own, mine)
+        who = Who(name, pid, common.ppid, argv, False, common.view, ns_pid, None, text, own, mine)
+        self._table.processes[pid] = Process(
+            pid, ticks, name, common.parent, common.details, common.ppid, argv, False, ns_pid, common.depth, start, who
+        )
+
+
+def _argv(raw: bytes) -> bytes | None:
+    """
+    Arguments as JSON; None: they are not UTF-8.
+    """
+    try:
+        return _encode(arguments(raw))
+    except UnicodeEncodeError:
+        return None

@@ -26,7 +26,7 @@ from procwatch import __version__
 from procwatch.enrich.inspector import Inspector
 from procwatch.errors import ConfigError
 from procwatch.events import DEFAULT_KINDS, Container, ContainerEvent, Event, Lost, ProcessEvent, Ready, Skipped, Stop
-from procwatch.express import Express, Written
+from procwatch.express import Express, Records, Written
 from procwatch.facts import REPLACED, Alive, Details, Exec, Fact, Thread
 from procwatch.formats.native import Lines
 from procwatch.policy.filter import Predicate
@@ -217,15 +217,15 @@ class Pipeline:
         From now on write lines at once where that is possible, or no more: see Express.
         """
         odd = (self._keep, self._under, self._limit)
+        ebpf = self.sources[0] if len(self.sources) == 1 else None
         possible = (
-            [source.name for source in self.sources] == ["ebpf"]
-            and "exec" in self._kinds
+            "exec" in self._kinds
             and not ("fork" in self._kinds or self._ancestors or self._name_wait_ns or self._hash_wait_ns or self._held)
             and all(wish is None for wish in odd)
         )
         self._express = None
-        if possible and lines is not None:
-            self._express = Express(self.table, self.maker, lines, tells_exit="exit" in self._kinds)
+        if possible and lines is not None and isinstance(ebpf, Records):
+            self._express = Express(ebpf, self.table, self.maker, lines, tells_exit="exit" in self._kinds)
 
     def turn(self) -> list[Event | Draft]:
         """
@@ -234,10 +234,10 @@ class Pipeline:
         written: list[Event | Draft] = []
         if self._express is None:
             facts = self._take()
+            self._read_until_ns = facts[-1].time_ns if facts else NEVER_NS
         else:
-            facts = self.sources[0].read()
-            written = self._express.take(facts)
-        self._read_until_ns = facts[-1].time_ns if facts else NEVER_NS
+            written = self._express.take()
+            self._read_until_ns = NEVER_NS if self._express.until_ns is None else self._express.until_ns
         now = self.clock.now_ns()
         if self.table.lost != self._lost:
             self._lost = self.table.lost
@@ -248,6 +248,13 @@ class Pipeline:
             self._put_right(now)
         drafts = self.table.flush_drafts(now)
         return self._show(written + drafts if written else drafts, now)
+
+    @property
+    def found(self) -> bool:
+        """
+        Whether the lead had something in the last turn.
+        """
+        return self._read_until_ns != NEVER_NS
 
     def _take(self) -> list[Fact]:
         """

@@ -32,7 +32,9 @@ class Who(Struct, gc=False, omit_defaults=True):
     ns_pid: int | None = None
     ancestors: list[Parent] | None = None
     line: bytes | None = None  # formats': this, as it stands in a line of output
-    plain: bytes | None = None  # procwatch.express: the same, if nothing is out of the ordinary
+    # procwatch.express: the same in two pieces, if nothing is out of the ordinary.
+    plain: bytes | None = None
+    plain_after: bytes = b""
 
 
 class Forked(Struct, frozen=True, omit_defaults=True):

@@ -43,10 +43,10 @@ ARGV_CUT, ARGV_FAULT, FIRST, NO_MM = (1 << bit for bit in range(4))
 _HEAD = struct.Struct("<I4x4xIQQII")
 _AFTER_HEAD = _HEAD.size
 # maxrss, ns_pid, argv here, argv before, bytes of what is shared
-_EXEC = struct.Struct(_HEAD.format + "QIIII")
+EXEC_RECORD = struct.Struct(_HEAD.format + "QIIII")
 # utime, stime, runtime, rss, maxrss; status; comm
-_EXIT = struct.Struct(_HEAD.format + "QQQQQI4x16s")
-_EXEC_SIZE, _EXIT_SIZE = _EXEC.size, _EXIT.size - RING_HEADER
+EXIT_RECORD = struct.Struct(_HEAD.format + "QQQQQI4x16s")
+EXEC_SIZE, EXIT_SIZE = EXEC_RECORD.size, EXIT_RECORD.size - RING_HEADER
 _FAILED = struct.Struct(_HEAD.format + "I4x")
 # inode, size, dev; uid gid euid egid auid session tty flags; namespaces; comm; lengths of exe, cwd, cgroup, file
 _SHARED = struct.Struct("<QQQ8I32s16s4H")
@@ -73,6 +73,19 @@ def path(components: bytes) -> str:
     names.reverse()
     # The root of a file system that is mounted nowhere any more has the name "/".
     return "/" + b"/".join(name for name in names if name not in (b"", b"/")).decode("utf-8", "surrogateescape")
+
+
+def arguments(raw: bytes) -> list[str]:
+    """
+    The words of an argument area, each of which ends with a NUL.
+
+    >>> arguments(b"ls\\x00-l\\x00"), arguments(b"\\x00"), arguments(b"")
+    (['ls', '-l'], [''], [])
+    """
+    argv = raw.decode("utf-8", "surrogateescape").split("\0")
+    if not argv[-1]:
+        argv.pop()
+    return argv
 
 
 def script_path(file: str, cwd: str) -> str:
@@ -128,7 +141,7 @@ class Decoder:
         self._comms: dict[bytes, str] = {}
         self._namespaces: dict[bytes, dict[str, int]] = {}
         self._parts: dict[int, bytes] = {}
-        self._peaks: dict[int, int] | None = {} if peaks else None
+        self.peaks: dict[int, int] | None = {} if peaks else None
 
     def decode(self, data: Bytes, at: int, end: int, facts: list[Fact], limit: int = 1 << 30) -> int:
         """
@@ -140,8 +153,9 @@ class Decoder:
             DecodeError: What is there is no record. `facts` has those before it.
         """
         # What nearly all records are is decoded here and not in functions of its own: a call is a tenth of the cost.
-        unpack_exec, unpack_exit, known, comms = _EXEC.unpack_from, _EXIT.unpack_from, self._details, self._comms
-        add, peaks, last, last_key = facts.append, self._peaks, None, b""
+        unpack_exec, unpack_exit = EXEC_RECORD.unpack_from, EXIT_RECORD.unpack_from
+        known, comms = self._details, self._comms
+        add, peaks, last, last_key = facts.append, self.peaks, None, b""
         try:
             while at < end and limit > 0:
                 state, kind = data[at + 3], data[at + 8]  # the byte with the busy bit; the kind's low byte
@@ -154,11 +168,11 @@ class Decoder:
                     (length, pid, time, start, ppid, flags,
                      utime, stime, runtime, peak, group_peak, status, comm) = unpack_exit(data, at)
                     # fmt: on
-                    if not _EXIT_SIZE <= length <= end - at - RING_HEADER:
+                    if not EXIT_SIZE <= length <= end - at - RING_HEADER:
                         _refuse(length)
                     user, system = (runtime, 0) if not stime else cpu_times(utime, stime, runtime)
                     # The kernel counts pages in batches for each CPU: of a very small program it may not know any.
-                    max_rss = self._late_peak(pid, group_peak) if flags & NO_MM else peak * PAGESIZE or None
+                    max_rss = self.late_peak(pid, group_peak) if flags & NO_MM else peak * PAGESIZE or None
                     comm_text = comms.get(comm) or self._new_comm(comm)
                     add(Exit(time, pid, status, Usage(user, system, max_rss), start, ppid, comm_text))
                 elif kind == EXEC:
@@ -166,7 +180,7 @@ class Decoder:
                     (length, pid, time, start, ppid, flags,
                      peak, ns_pid, argv_here, argv_before, shared) = unpack_exec(data, at)
                     # fmt: on
-                    shared_at = at + _EXEC_SIZE
+                    shared_at = at + EXEC_SIZE
                     argv_at = shared_at + shared
                     argv_end = argv_at + argv_here
                     if not argv_end - at - RING_HEADER <= length <= end - at - RING_HEADER:
@@ -181,9 +195,7 @@ class Decoder:
                         argv, truncated, missing = self._odd_argv(pid, raw, flags, argv_before)
                         add(Exec(time, pid, last, 0, start, ppid, argv, truncated, missing, ns_pid, flags & FIRST != 0))
                     else:
-                        argv = raw.decode("utf-8", "surrogateescape").split("\0")
-                        if not argv[-1]:
-                            argv.pop()
+                        argv = arguments(raw)
                         add(Exec(time, pid, last, 0, start, ppid, argv, False, None, ns_pid, flags & FIRST != 0))
                 elif kind == FORK:
                     length = self._fork(data, at, end, facts)
@@ -210,9 +222,7 @@ class Decoder:
             raw = self._parts.pop(pid, b"") + raw
         if len(raw) != size:
             return None, False, LOST
-        argv = raw.decode("utf-8", "surrogateescape").split("\0")
-        if not argv[-1]:
-            argv.pop()
+        argv = arguments(raw)
         if flags & ARGV_FAULT and not argv:
             return None, False, PAGED_OUT
         return argv, flags & (ARGV_CUT | ARGV_FAULT) != 0, None
@@ -240,13 +250,22 @@ class Decoder:
         facts.append(ExecFailed(time, pid, data[file_at : file_at + size].decode("utf-8", "surrogateescape"), error))
         return length  # type: ignore[no-any-return]
 
-    def _late_peak(self, pid: int, group_peak: int) -> int | None:
+    def late_peak(self, pid: int, group_peak: int) -> int | None:
         """
         Peak memory where only signal_struct has it at exit: that includes what ran in the process before its last
         exec, so it is this program's own only when it has grown since.
         """
-        before = self._peaks.pop(pid, None) if self._peaks is not None else None
+        before = self.peaks.pop(pid, None) if self.peaks is not None else None
         return group_peak * PAGESIZE if before is not None and group_peak > before else None
+
+    def details(self, shared: bytes) -> Details:
+        """
+        What the shared part of an exec's record says; the same bytes are the same object.
+
+        Raises:
+            DecodeError: It does not hold what it says.
+        """
+        return self._details.get(shared) or self._new_details(shared)
 
     def _new_details(self, shared: bytes) -> Details:
         # One line for each group of the record: a name on a line each would be twenty-five lines.

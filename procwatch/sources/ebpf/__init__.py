@@ -10,6 +10,7 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Callable
 from importlib import resources
 from operator import attrgetter
 from typing import ClassVar
@@ -21,7 +22,7 @@ from procwatch.sources.births import Births, share
 from procwatch.sources.ebpf import loader
 from procwatch.sources.ebpf.ring import Counters, Ring
 from procwatch.table.identity import NS_PER_TICK
-from procwatch.wire.bpf_event import EXEC, EXIT, FORK, KINDS, TASK, Decoder
+from procwatch.wire.bpf_event import EXEC, EXIT, FORK, KINDS, TASK, Bytes, Decoder
 
 MAX_ARGV = 8 << 20  # what the program's loop can reach; the kernel's own limit is 6 MiB, execve(2)
 BATCH = 1024  # records after which the kernel gets its room back
@@ -44,6 +45,8 @@ _REGISTERS = {"x86_64": (59, 322, 120, 112, 104), "aarch64": (221, 281, 280, 272
 _SETTINGS = struct.Struct("<9I")
 
 _BY_TIME = attrgetter("time_ns")
+# Takes the records in data[begin:end], `most` of them at most, and says where to go on.
+Walk = Callable[[Bytes, int, int, int], int]
 
 
 class Ebpf:
@@ -85,7 +88,7 @@ class Ebpf:
         self._mute_pid = mute_pid
         self._forks = forks
         self._every_fork = every_fork
-        self._decoder = Decoder(peaks=_version(os.uname().release) < _MEMORY_AT_EXIT)
+        self.decoder = Decoder(peaks=_version(os.uname().release) < _MEMORY_AT_EXIT)
         self._closing = contextlib.ExitStack()
         self._ring: Ring | None = None
         self._counters: Counters | None = None
@@ -201,20 +204,36 @@ class Ebpf:
 
         At most `MOST` records: the ring stays readable while there are more.
         """
+        facts: list[Fact] = []
+        decode = self.decoder.decode
+        lost = self.drain(lambda data, begin, end, most: decode(data, begin, end, facts, most))
+        facts.sort(key=_BY_TIME)
+        if lost is not None:
+            facts.append(lost)
+        self.took(len(facts))
+        return facts
+
+    def drain(self, walk: Walk) -> Lost | None:
+        """
+        Give what the ring holds to `walk`, some records at a time, and `MOST` of them at most.
+
+        Returns:
+            What the ring had no room for.
+        """
         ring, counters = self._ring, self._counters
         assert ring is not None, "open() comes first"
         assert counters is not None
-        facts: list[Fact] = []
-        drained = self._drain(ring, facts)
-        facts.sort(key=_BY_TIME)
-        if drained and (lost := self._newly_lost(counters)):
-            facts.append(lost)
+        return self._newly_lost(counters) if self._emptied(ring, walk) else None
+
+    def took(self, facts: int) -> None:
+        """
+        Count what a drain gave.
+        """
         if facts:
             self._stats["wakeups"] += 1
-            self._stats["facts"] += len(facts)
-        return facts
+            self._stats["facts"] += facts
 
-    def _drain(self, ring: Ring, facts: list[Fact]) -> bool:
+    def _emptied(self, ring: Ring, walk: Walk) -> bool:
         """
         Read until the ring was seen empty; False when there may be more.
         """
@@ -223,7 +242,7 @@ class Ebpf:
             if begin == end:
                 return True
             try:
-                stop = self._decoder.decode(ring.data, begin, end, facts, BATCH)
+                stop = walk(ring.data, begin, end, BATCH)
             except DecodeError:
                 self._stats["undecoded"] += 1
                 stop = end
