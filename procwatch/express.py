@@ -58,6 +58,8 @@ _EXIT = _CLEAR + (
 )
 _EXIT_NO_RSS = _EXIT.replace(b"{}", b'{"max_rss_bytes":"not_reported"}').replace(b'bytes":%d', b'bytes":null')
 _OWN = b'%d-%d","pid":%d'
+PIECES = 6  # of a line
+_NO_LINE = (b"",) * PIECES
 _SECOND_NS = 1_000_000_000
 _NEVER_NS = -1 << 62
 
@@ -118,12 +120,6 @@ class Common(Struct, gc=False):
     after: bytes  # what is between argv and ns_pid
     where: bytes  # what is behind that
 
-    def text(self, argv: bytes, ns_pid: bytes = b"") -> bytes:
-        """
-        All that follows the pid.
-        """
-        return b"".join((self.before, argv, self.after, ns_pid, self.where))
-
 
 # A process that was born, or at least executed something, in this very drain: when it was born (ns and ticks), its id
 # and pid as text, all that follows them in each line, what of it is common, its arguments, and its pid in its own
@@ -151,11 +147,12 @@ class Express:
         self._tells_exit = tells_exit
         self._boot = table.boot.encode()
         self._fresh: dict[int, Life] = {}
-        # Of one drain, line by line.
+        # Of one drain, fact by fact: when, the pieces of its line, or what became of it if it is not plain.
         self._times: list[int] = []
-        self._told: list[bytes | list[Event | Draft]] = []  # a line, or what became of one that is not plain
-        self._general_facts = self._exits = 0
+        self._pieces: list[bytes] = []
+        self._odd: dict[int, list[Event | Draft]] = {}
         self._late = False
+        self._exits = 0
         self.until_ns: int | None = None  # of the last fact; None: there was none
 
     def take(self) -> list[Event | Draft]:
@@ -164,7 +161,7 @@ class Express:
         """
         out = self._table.flush_drafts(0)
         lost = self._source.drain(self._walk)
-        times, told = self._times, self._told
+        times, odd = self._times, self._odd
         self._source.took(len(times) + (lost is not None))
         self.until_ns = None
         if times:
@@ -172,24 +169,23 @@ class Express:
             if self._late:  # each CPU writes for itself, so some records of different processes overtake others
                 order = sorted(order, key=times.__getitem__)
             self.until_ns = times[order[-1]]
-            if self._general_facts:
+            if odd:
                 run: list[int] = []
                 for at in order:
-                    item = told[at]
-                    if isinstance(item, bytes):
+                    if at not in odd:
                         run.append(at)
                         continue
                     if run:
                         out.append(self._written(run))
                         run = []
-                    out += item
+                    out += odd[at]
                 order = run
             if order:
                 out.append(self._written(order))
             times.clear()
-            told.clear()
-            self._general_facts = self._exits = 0
-            self._late = False
+            self._pieces.clear()
+            odd.clear()
+            self._late, self._exits = False, 0
         if lost is not None:
             self.until_ns = lost.time_ns
             self._table.apply((lost,))
@@ -198,15 +194,15 @@ class Express:
 
     def _written(self, run: Sequence[int]) -> Written:
         """
-        The lines at these places, as one.
+        The lines of these facts, as one.
         """
+        pieces, exits = self._pieces, self._exits
+        if self._odd or self._late:
+            pieces = [piece for at in run for piece in pieces[PIECES * at : PIECES * at + PIECES]]
+            exits = sum(head.startswith(b'{"event":"exit"') for head in pieces[::PIECES])
         since, until = (self._maker.clock.stamp(self._times[at]) for at in (run[0], run[-1]))
-        told = self._told if len(run) == len(self._told) and not self._late else [self._told[at] for at in run]
-        data = b"".join(told)  # type: ignore[arg-type]
-        exits = self._exits
-        if self._general_facts:  # which of them are in this run?
-            exits = sum(line.startswith(b'{"event":"exit"') for line in told)  # type: ignore[union-attr]
-        return Written(time=since, host=self._maker.host, data=data, execs=len(run) - exits, exits=exits, until=until)
+        data, execs = b"".join(pieces), len(run) - exits
+        return Written(time=since, host=self._maker.host, data=data, execs=execs, exits=exits, until=until)
 
     def _walk(self, data: Bytes, at: int, end: int, most: int) -> int:
         """
@@ -215,13 +211,11 @@ class Express:
         decoder, table, lines, tells_exit = self._source.decoder, self._table, self._lines, self._tells_exit
         unpack_exec, unpack_exit, peaks = EXEC_RECORD.unpack_from, EXIT_RECORD.unpack_from, decoder.peaks
         processes, fresh = table.processes, self._fresh
-        timed, tell = self._times.append, self._told.append
+        timed, put = self._times.append, self._pieces.extend
         generation, second_ns = self._maker.names.generation, _NEVER_NS
         host = lines.host + b'"id":"' + self._boot + b"-"
-        exec_head = exit_head = after = last = key_before = b""
+        exec_head = exit_head = after = last = key_before = argv = rest = b""
         common: Common | None = None
-        argv: bytes | None = None
-        rest: bytes | None = None
         raw_before: bytes | None = None
         ppid_before, exits = -1, 0
         before = self._times[-1] if self._times else 0
@@ -285,13 +279,21 @@ class Express:
                             common = self._common(decoder.details(key), generation, ppid)
                             ppid_before, key_before, raw_before = ppid, key, None
                         if raw != raw_before and common is not None:
-                            argv, raw_before = _argv(raw), raw
-                            rest = common.text(argv) if argv is not None else None
-                        if common is not None and argv is not None and rest is not None:
+                            try:
+                                words = raw.decode().split("\0")
+                            except UnicodeDecodeError:
+                                common, ppid_before = None, -1
+                            else:
+                                if not words[-1]:
+                                    words.pop()
+                                argv, raw_before = _encode(words), raw
+                                rest = b"".join((common.before, argv, common.after, common.where))
+                        if common is not None:
                             ticks = start // NS_PER_TICK
                             own, after = _OWN % (pid, ticks, pid), rest
                             if ns_pid != pid:
-                                after = common.text(argv, b',"ns_pid":%d' % ns_pid)
+                                inner = b',"ns_pid":%d' % ns_pid
+                                after = b"".join((common.before, argv, common.after, inner, common.where))
                             fresh[pid] = (start, ticks, own, after, common, raw, ns_pid)
                             last = _FORKED if flags & FIRST else _EXEC
                             if peaks is not None:
@@ -310,7 +312,7 @@ class Express:
                         ns = lines.since_second(time)
                         second_ns, exec_head, exit_head = lines.second_ns, lines.head(Exec), lines.head(Exit)
                     stamp = b"%d" % ns if ns > 99_999_999 else b"%09d" % ns
-                    tell(b"".join((exec_head if kind == EXEC else exit_head, stamp, host, own, after, last)))
+                    put((exec_head if kind == EXEC else exit_head, stamp, host, own, after, last))
                     timed(time)
                     if time < before:
                         self._late = True
@@ -331,12 +333,12 @@ class Express:
         self._settle()
         facts: list[Fact] = []
         at = self._source.decoder.decode(data, at, end, facts, 1)
-        self._general_facts += len(facts)
         for fact in facts:
             self._late |= bool(self._times) and fact.time_ns < self._times[-1]
             self._table.apply((fact,))
+            self._odd[len(self._times)] = self._table.flush_drafts(0)
             self._times.append(fact.time_ns)
-            self._told.append(self._table.flush_drafts(0))
+            self._pieces += _NO_LINE
         return at
 
     def _common(self, details: Details, generation: int, ppid: int) -> Common | None:
@@ -382,13 +384,3 @@ class Express:
         self._table.processes[pid] = Process(
             pid, ticks, name, common.parent, common.details, common.ppid, argv, False, ns_pid, common.depth, start, who
         )
-
-
-def _argv(raw: bytes) -> bytes | None:
-    """
-    Arguments as JSON; None: they are not UTF-8.
-    """
-    try:
-        return _encode(arguments(raw))
-    except UnicodeEncodeError:
-        return None

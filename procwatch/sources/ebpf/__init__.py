@@ -97,6 +97,7 @@ class Ebpf:
         self._lost: dict[int, int] = {}
         self._missed: dict[int, int] = {}
         self._look_ns = 0
+        self._lost_words: list[int] = []
         self._births: Births | None = None
         self._last_ns = 0
         self._seen: dict[str, int] = {}
@@ -255,9 +256,13 @@ class Ebpf:
         now, since = time.clock_gettime_ns(time.CLOCK_BOOTTIME), self._last_ns
         self._last_ns = now
         lost = counters.lost()
-        if now >= self._look_ns:
+        if now < self._look_ns:
+            if lost == self._lost_words:
+                return None
+        else:
             self._look_ns = now + LOOK_NS
             self._missed = {kind: loader.missed(fd) for kind, fd in self._program_fds.items()}
+        self._lost_words = lost
         totals = {kind: lost[kind] + missed for kind, missed in self._missed.items()}
         if totals == self._lost:
             return None
