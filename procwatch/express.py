@@ -31,8 +31,6 @@ from procwatch.table.identity import NS_PER_TICK
 from procwatch.table.process import MAX_DEPTH, Process
 from procwatch.table.table import KTHREADD, Table
 from procwatch.wire.bpf_event import (
-    ARGV_CUT,
-    ARGV_FAULT,
     EXEC,
     EXEC_RECORD,
     EXEC_SIZE,
@@ -58,6 +56,9 @@ _EXIT = _CLEAR + (
 )
 _EXIT_NO_RSS = _EXIT.replace(b"{}", b'{"max_rss_bytes":"not_reported"}').replace(b'bytes":%d', b'bytes":null')
 _OWN = b'%d-%d","pid":%d'
+_EXIT_0 = _EXIT.replace(b'"code":%d', b'"code":0').replace(b'system_ns":%d', b'system_ns":0')
+_EXIT_0_NO_RSS = _EXIT_NO_RSS.replace(b'"code":%d', b'"code":0').replace(b'system_ns":%d', b'system_ns":0')
+_EXIT_STEP = RING_HEADER + (EXIT_SIZE + 7 & ~7)
 PIECES = 6  # of a line
 _NO_LINE = (b"",) * PIECES
 _SECOND_NS = 1_000_000_000
@@ -121,10 +122,10 @@ class Common(Struct, gc=False):
     where: bytes  # what is behind that
 
 
-# A process that was born, or at least executed something, in this very drain: when it was born (ns and ticks), its id
-# and pid as text, all that follows them in each line, what of it is common, its arguments, and its pid in its own
-# namespace. Most end before they must be made a process of the table.
-Life = tuple[int, int, bytes, bytes, Common, bytes, int]
+# A process that was born, or at least executed something, in this very drain: when it was born (ns), its id and pid as
+# text, all that follows them in each line, what of it is common, its arguments, and its pid in its own namespace.
+# Most end before they must be made a process of the table.
+Life = tuple[int, bytes, bytes, Common, bytes, int]
 
 
 class Express:
@@ -206,7 +207,7 @@ class Express:
 
     def _walk(self, data: Bytes, at: int, end: int, most: int) -> int:
         """
-        As Decoder.decode(): in one function, for a call costs a tenth of what a record does.
+        As Decoder.decode(): in one function, for a call costs a tenth of what a record does, and each step a hundredth.
         """
         decoder, table, lines, tells_exit = self._source.decoder, self._table, self._lines, self._tells_exit
         unpack_exec, unpack_exit, peaks = EXEC_RECORD.unpack_from, EXIT_RECORD.unpack_from, decoder.peaks
@@ -214,11 +215,12 @@ class Express:
         timed, put = self._times.append, self._pieces.extend
         generation, second_ns = self._maker.names.generation, _NEVER_NS
         host = lines.host + b'"id":"' + self._boot + b"-"
-        exec_head = exit_head = after = last = key_before = argv = rest = b""
+        after = last = key_before = before_argv = after_argv = argv = rest = b""
         common: Common | None = None
         raw_before: bytes | None = None
         ppid_before, exits = -1, 0
         before = self._times[-1] if self._times else 0
+        heads = {EXEC: b"", EXIT: b""}
 
         try:
             for _ in range(most):
@@ -231,13 +233,13 @@ class Express:
                     (length, pid, time, start, _, flags,
                      utime, stime, runtime, peak, group_peak, status, _) = unpack_exit(data, at)
                     # fmt: on
-                    # A record that is busy or discarded has a bit set that makes it too long for everything.
-                    if EXIT_SIZE <= length <= end - at - RING_HEADER and not status & 0xFF:
-                        life = fresh.get(pid)
+                    # A record that is busy or discarded has a bit set in its length.
+                    if length == EXIT_SIZE and not status & ~0xFF00:
+                        life = fresh.pop(pid, None)
                         if life is not None:
-                            if life[0] == start:
-                                own, after, born = life[2], life[3], start
-                                del fresh[pid]
+                            born, own, after, _, _, _ = life
+                            if born != start:
+                                fresh[pid], own = life, None
                         else:
                             process = processes.get(pid)
                             if (
@@ -253,31 +255,43 @@ class Express:
                                 process.ended = True
                                 if pid == ppid_before:
                                     ppid_before = -1
-                        if own is not None and tells_exit:
-                            user, system = (runtime, 0) if not stime else cpu_times(utime, stime, runtime)
-                            rss = decoder.late_peak(pid, group_peak) if flags & NO_MM else peak * PAGESIZE or None
-                            used = (status >> 8 & 0xFF, time - born, user, system)
-                            last = _EXIT_NO_RSS % used if rss is None else _EXIT % (*used, rss)
+                        if own is not None:
+                            at += _EXIT_STEP
+                            if flags & NO_MM:
+                                peak = (decoder.late_peak(pid, group_peak) or 0) // PAGESIZE
+                            if not tells_exit:
+                                continue
                             exits += 1
+                            if stime or status:
+                                user, system = cpu_times(utime, stime, runtime)
+                                used = (status >> 8, time - born, user, system)
+                                last = _EXIT % (*used, peak * PAGESIZE) if peak else _EXIT_NO_RSS % used
+                            elif peak:
+                                last = _EXIT_0 % (time - born, runtime, peak * PAGESIZE)
+                            else:
+                                last = _EXIT_0_NO_RSS % (time - born, runtime)
 
                 elif kind == EXEC:
                     # fmt: off
                     (length, pid, time, start, ppid, flags,
                      peak, ns_pid, argv_here, argv_before, shared) = unpack_exec(data, at)
                     # fmt: on
-                    shared_at = at + EXEC_SIZE
-                    argv_at = shared_at + shared
+                    key_at = at + EXEC_SIZE
+                    argv_at = key_at + shared
                     argv_end = argv_at + argv_here
                     if (
-                        argv_end - at - RING_HEADER <= length <= end - at - RING_HEADER
-                        and not (flags & (ARGV_CUT | ARGV_FAULT) or argv_before)
+                        argv_end == at + length + RING_HEADER
+                        and flags | FIRST == FIRST
+                        and not argv_before
                         and pid not in fresh
                         and pid not in processes
                     ):
-                        key, raw = data[shared_at:argv_at], data[argv_at:argv_end]
+                        key, raw = data[key_at:argv_at], data[argv_at:argv_end]
                         if ppid != ppid_before or key != key_before:
                             common = self._common(decoder.details(key), generation, ppid)
                             ppid_before, key_before, raw_before = ppid, key, None
+                            if common is not None:
+                                before_argv, after_argv = common.before, common.after + common.where
                         if raw != raw_before and common is not None:
                             try:
                                 words = raw.decode().split("\0")
@@ -287,15 +301,15 @@ class Express:
                                 if not words[-1]:
                                     words.pop()
                                 argv, raw_before = _encode(words), raw
-                                rest = b"".join((common.before, argv, common.after, common.where))
+                                rest = before_argv + argv + after_argv
                         if common is not None:
-                            ticks = start // NS_PER_TICK
-                            own, after = _OWN % (pid, ticks, pid), rest
+                            at = argv_end + 7 & ~7
+                            own, after = _OWN % (pid, start // NS_PER_TICK, pid), rest
+                            last = _FORKED if flags else _EXEC
                             if ns_pid != pid:
                                 inner = b',"ns_pid":%d' % ns_pid
-                                after = b"".join((common.before, argv, common.after, inner, common.where))
-                            fresh[pid] = (start, ticks, own, after, common, raw, ns_pid)
-                            last = _FORKED if flags & FIRST else _EXEC
+                                after = b"".join((before_argv, argv, common.after, inner, common.where))
+                            fresh[pid] = (start, own, after, common, raw, ns_pid)
                             if peaks is not None:
                                 peaks[pid] = peak
 
@@ -305,18 +319,19 @@ class Express:
                         break
                     ppid_before, second_ns, before = -1, _NEVER_NS, self._times[-1] if self._times else 0
                     continue
-                at += RING_HEADER + (length + 7 & ~7)
-                if kind == EXEC or tells_exit:
-                    ns = time - second_ns
+                ns = time - second_ns
+                if 100_000_000 <= ns < _SECOND_NS:
+                    stamp = b"%d" % ns
+                else:
                     if not 0 <= ns < _SECOND_NS:
                         ns = lines.since_second(time)
-                        second_ns, exec_head, exit_head = lines.second_ns, lines.head(Exec), lines.head(Exit)
-                    stamp = b"%d" % ns if ns > 99_999_999 else b"%09d" % ns
-                    put((exec_head if kind == EXEC else exit_head, stamp, host, own, after, last))
-                    timed(time)
-                    if time < before:
-                        self._late = True
-                    before = time
+                        second_ns, heads = lines.second_ns, {EXEC: lines.head(Exec), EXIT: lines.head(Exit)}
+                    stamp = b"%09d" % ns
+                put((heads[kind], stamp, host, own, after, last))
+                timed(time)
+                if time < before:
+                    self._late = True
+                before = time
         except (struct.error, IndexError):
             raise DecodeError("the last record is cut") from None
         finally:
@@ -374,7 +389,8 @@ class Express:
         self._fresh.clear()
 
     def _enter(self, pid: int, life: Life) -> None:
-        start, ticks, own, after, common, raw, inner_pid = life
+        start, own, after, common, raw, inner_pid = life
+        ticks = start // NS_PER_TICK
         ns_pid = inner_pid if inner_pid != pid else None
         name = f"{self._table.boot}-{pid}-{ticks}"
         argv = arguments(raw)
