@@ -59,7 +59,7 @@ _OWN = b'%d-%d","pid":%d'
 _EXIT_0 = _EXIT.replace(b'"code":%d', b'"code":0').replace(b'system_ns":%d', b'system_ns":0')
 _EXIT_0_NO_RSS = _EXIT_NO_RSS.replace(b'"code":%d', b'"code":0').replace(b'system_ns":%d', b'system_ns":0')
 _EXIT_STEP = RING_HEADER + (EXIT_SIZE + 7 & ~7)
-PIECES = 6  # of a line
+PIECES = 8  # of a line
 _NO_LINE = (b"",) * PIECES
 _SECOND_NS = 1_000_000_000
 _NEVER_NS = -1 << 62
@@ -118,14 +118,21 @@ class Common(Struct, gc=False):
     details: Details
     # As they stand in a line.
     before: bytes  # what is between pid and argv
-    after: bytes  # what is between argv and ns_pid
+    parent_text: bytes  # what is between argv and ns_pid
     where: bytes  # what is behind that
+    after: bytes  # both
+
+    def with_ns_pid(self, ns_pid: int) -> bytes:
+        """
+        What is behind argv, for a process with another pid in its own namespace.
+        """
+        return b'%b,"ns_pid":%d%b' % (self.parent_text, ns_pid, self.where)
 
 
-# A process that was born, or at least executed something, in this very drain: when it was born (ns), its id and pid as
-# text, all that follows them in each line, what of it is common, its arguments, and its pid in its own namespace.
+# A process that was born, or at least executed something, in this very drain: when it was born (ns), the four pieces of
+# its lines that say who and what it is, what of it is common, its arguments, and its pid in its own namespace.
 # Most end before they must be made a process of the table.
-Life = tuple[int, bytes, bytes, Common, bytes, int]
+Life = tuple[int, bytes, bytes, bytes, bytes, Common, bytes, int]
 
 
 class Express:
@@ -215,7 +222,7 @@ class Express:
         timed, put = self._times.append, self._pieces.extend
         generation, second_ns = self._maker.names.generation, _NEVER_NS
         host = lines.host + b'"id":"' + self._boot + b"-"
-        after = last = key_before = before_argv = after_argv = argv = rest = b""
+        last = key_before = before_argv = argv = after_argv = text = b""
         common: Common | None = None
         raw_before: bytes | None = None
         ppid_before, exits = -1, 0
@@ -237,7 +244,7 @@ class Express:
                     if length == EXIT_SIZE and not status & ~0xFF00:
                         life = fresh.pop(pid, None)
                         if life is not None:
-                            born, own, after, _, _, _ = life
+                            born, own, before_argv, argv, after_argv, _, _, _ = life
                             if born != start:
                                 fresh[pid], own = life, None
                         else:
@@ -250,7 +257,8 @@ class Express:
                                 and (context := process.details.line) is not None
                                 and process.details.named == generation
                             ):
-                                own, after, born = who.plain, who.plain_after + context, process.born_ns
+                                own, before_argv, argv, after_argv = who.plain, who.plain_after, b"", context
+                                born = process.born_ns
                                 del processes[pid]
                                 process.ended = True
                                 if pid == ppid_before:
@@ -290,8 +298,6 @@ class Express:
                         if ppid != ppid_before or key != key_before:
                             common = self._common(decoder.details(key), generation, ppid)
                             ppid_before, key_before, raw_before = ppid, key, None
-                            if common is not None:
-                                before_argv, after_argv = common.before, common.after + common.where
                         if raw != raw_before and common is not None:
                             try:
                                 words = raw.decode().split("\0")
@@ -300,16 +306,15 @@ class Express:
                             else:
                                 if not words[-1]:
                                     words.pop()
-                                argv, raw_before = _encode(words), raw
-                                rest = before_argv + argv + after_argv
+                                text, raw_before = _encode(words), raw
                         if common is not None:
                             at = argv_end + 7 & ~7
-                            own, after = _OWN % (pid, start // NS_PER_TICK, pid), rest
+                            own = _OWN % (pid, start // NS_PER_TICK, pid)
+                            before_argv, argv, after_argv = common.before, text, common.after
                             last = _FORKED if flags else _EXEC
                             if ns_pid != pid:
-                                inner = b',"ns_pid":%d' % ns_pid
-                                after = b"".join((before_argv, argv, common.after, inner, common.where))
-                            fresh[pid] = (start, own, after, common, raw, ns_pid)
+                                after_argv = common.with_ns_pid(ns_pid)
+                            fresh[pid] = (start, own, before_argv, argv, after_argv, common, raw, ns_pid)
                             if peaks is not None:
                                 peaks[pid] = peak
 
@@ -327,7 +332,7 @@ class Express:
                         ns = lines.since_second(time)
                         second_ns, heads = lines.second_ns, {EXEC: lines.head(Exec), EXIT: lines.head(Exit)}
                     stamp = b"%09d" % ns
-                put((heads[kind], stamp, host, own, after, last))
+                put((heads[kind], stamp, host, own, before_argv, argv, after_argv, last))
                 timed(time)
                 if time < before:
                     self._late = True
@@ -375,10 +380,11 @@ class Express:
             return None
         view = parent.as_parent()
         try:
-            after = b',"argv_truncated":false,"parent":' + _encode(view)
+            text = b',"argv_truncated":false,"parent":' + _encode(view)
         except UnicodeEncodeError:
             return None
-        return Common(ppid, parent, view, parent.depth + 1, details, b',"ppid":%d,"argv":' % ppid, after, where)
+        before = b',"ppid":%d,"argv":' % ppid
+        return Common(ppid, parent, view, parent.depth + 1, details, before, text, where, text + where)
 
     def _settle(self) -> None:
         """
@@ -389,12 +395,12 @@ class Express:
         self._fresh.clear()
 
     def _enter(self, pid: int, life: Life) -> None:
-        start, own, after, common, raw, inner_pid = life
+        start, own, before_argv, argv_text, after_argv, common, raw, inner_pid = life
         ticks = start // NS_PER_TICK
         ns_pid = inner_pid if inner_pid != pid else None
         name = f"{self._table.boot}-{pid}-{ticks}"
         argv = arguments(raw)
-        mine = after[: -len(common.where)]
+        mine = before_argv + argv_text + after_argv[: -len(common.where)]
         text = b'"id":"%b-%b%b' % (self._boot, own, mine)
         who = Who(name, pid, common.ppid, argv, False, common.view, ns_pid, None, text, own, mine)
         self._table.processes[pid] = Process(
