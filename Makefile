@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in /usr/bin/python3 python3 python3.14 python3.13 p
 # Debian packages that the tests use: a compiler for tiny programs, other programs to compare with, containers to look into,
 # servers to send to.
 PACKAGES := python3-venv gcc libc6-dev util-linux procps strace forkstat runc containerd podman busybox-static systemd \
-	nats-server rsyslog openssl
+	nats-server rsyslog openssl logrotate
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 TESTS ?= procwatch tests
 

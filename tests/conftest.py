@@ -66,3 +66,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except FileNotFoundError:
         need(False, "needs gcc")
     return path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """
+    A file system of 64 KiB.
+    """
+    need(os.geteuid() == 0, "needs root")
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    need(done.returncode == 0, f"cannot mount: {done.stderr}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)

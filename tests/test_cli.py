@@ -8,11 +8,13 @@ import contextlib
 import json
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,128 @@ def test_a_file_is_private_and_appended_to(tmp_path: Path):
 
 
 # The terminal
+
+
+@contextmanager
+def writing(file: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """
+    A command that watches into a file.
+    """
+    command = [*WATCH, "--output", str(file), "--format", "json", *arguments]
+    with subprocess.Popen(command, stderr=PIPE, text=True, cwd=ROOT) as process:
+        try:
+            until(lambda: file.exists() and b"ready" in file.read_bytes())
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def until(done: Callable[[], bool]) -> None:
+    """
+    Wait for another process's work.
+    """
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def told(file: Path, child: subprocess.Popen[bytes]) -> list[str]:
+    """
+    The kinds of events of a child that a file has; its last line may be in the writing.
+    """
+    text = file.read_text()
+    return [event["event"] for event in lines(text[: text.rfind("\n") + 1]) if event.get("pid") == child.pid]
+
+
+def live(file: Path) -> subprocess.Popen[bytes]:
+    """
+    A child that lives until a file has its birth; it is ended, and not reaped.
+    """
+    child = subprocess.Popen(["cat"], stdin=PIPE)
+    assert child.stdin is not None
+    until(lambda: "exec" in told(file, child))
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    return child
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_file_is_opened_anew_at_a_signal(number: signal.Signals, tmp_path: Path):
+    """
+    What was told before is in the file that was moved away; the new one is there at once, and has the rest.
+    """
+    file, old = tmp_path / "lines", tmp_path / "lines.1"
+    with writing(file) as process:
+        with live(file) as first:
+            until(lambda: "exit" in told(file, first))
+        file.rename(old)
+        process.send_signal(number)
+        until(file.exists)
+        with live(file) as second:
+            pass
+        process.terminate()
+        errors = process.communicate()[1]
+    assert (process.returncode, errors) == (0, "")
+    assert (told(old, first), told(old, second)) == (["exec", "exit"], [])
+    assert (told(file, first), told(file, second)) == ([], ["exec", "exit"])
+
+
+def test_logrotate(tmp_path: Path):
+    """
+    logrotate(8) itself, as an administrator would set it up: nothing is lost between two files.
+    """
+    need(shutil.which("logrotate"), "needs logrotate")
+    file, setup = tmp_path / "lines", tmp_path / "logrotate.conf"
+    tmp_path.chmod(0o755)
+    children = []
+    with writing(file) as process:
+        setup.write_text(f"{file} {{\n rotate 2\n create 0600\n postrotate\n kill -HUP {process.pid}\n endscript\n}}\n")
+        for rotate in (True, True, False):
+            with live(file) as child:
+                children.append(child)
+            if rotate:
+                subprocess.run(["logrotate", "--force", "--state", tmp_path / "state", setup], check=True)
+        process.terminate()
+        errors = process.communicate()[1]
+    assert (process.returncode, errors) == (0, "")
+    files = [tmp_path / name for name in ("lines.2", "lines.1", "lines")]
+    for child in children:
+        assert [kind for one in files for kind in told(one, child)] == ["exec", "exit"]
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_hangup_ends_what_writes_to_standard_output():
+    """
+    As it ends every program whose terminal goes away.
+    """
+    with running() as process:
+        process.send_signal(signal.SIGHUP)
+        process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGHUP
+
+
+def test_a_full_disk_is_waited_for(small_disk: Path):
+    """
+    The watch goes on, says so once, and writes what happened meanwhile when there is room.
+    """
+    file, ballast = small_disk / "lines", small_disk / "ballast"
+    with writing(file) as process:
+        assert process.stderr is not None
+        ballast.write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize))
+        while not select.select([process.stderr], [], [], 0)[0]:
+            subprocess.run(["true"], check=True)
+        with subprocess.Popen(["cat"], stdin=PIPE) as child:
+            subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+            until(lambda: told(file, child) == ["exec"])
+            child.communicate()
+        process.terminate()
+        errors = process.communicate()[1]
+    assert process.returncode == 0
+    assert errors.count("\n") == 1
+    assert "No space left on device" in errors
+    assert lines(file.read_text())[-1]["event"] == "stop"
 
 
 def on_terminal(*arguments: str, **environment: str) -> str:

@@ -15,6 +15,7 @@ import click
 from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import Event
 from procwatch.policy.filter import Filter
+from procwatch.sinks.stream import open_file
 from procwatch.table.draft import Draft, Maker
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def opened(path: str | None) -> Iterator[int]:
         yield fd
         return
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        fd = open_file(path)
     except OSError as error:
         raise ConfigError(f"cannot write to {path}: {os.strerror(error.errno or 0)}") from error
     try:

@@ -33,7 +33,9 @@ LOST = 3  # exit code
     help=f"Which events: {', '.join(KINDS)}. ready, lost and stop always come.",
 )
 @click.option("--initial", is_flag=True, help="Begin with the processes that run already.")
-@click.option("--output", metavar="FILE", help="Append to FILE instead of standard output.")
+@click.option(
+    "--output", metavar="FILE", help="Append to FILE instead of standard output; SIGHUP and SIGUSR1 open it anew."
+)
 @click.option(
     "--buffer",
     metavar="SIZE",
@@ -97,14 +99,17 @@ def watch(
     if tree:
         options["ancestors"] = max(options["ancestors"], TREE_DEPTH)
     watcher = Watcher(without=[name for name in without.split(",") if name], keep=keep or None, **options)
-    with opened(output) as fd:
-        complete = asyncio.run(_watch(watcher, fd, form, tree, options["latency_ms"] / 1000, logger))
+    path = None if output == "-" else output
+    with opened(path) as fd:
+        complete = asyncio.run(_watch(watcher, fd, path, form, tree, options["latency_ms"] / 1000, logger))
     if options["strict"] and not complete:
         click.echo("procwatch: events were lost, and --strict was asked for; a larger --buffer may help", err=True)
         sys.exit(LOST)
 
 
-async def _watch(watcher: Watcher, fd: int, form: str, tree: bool, latency_s: float, logger: Any) -> bool:
+async def _watch(
+    watcher: Watcher, fd: int, path: str | None, form: str, tree: bool, latency_s: float, logger: Any
+) -> bool:
     """
     Watch to the end; whether nothing was lost.
     """
@@ -113,17 +118,23 @@ async def _watch(watcher: Watcher, fd: int, form: str, tree: bool, latency_s: fl
     failures: list[OSError] = []
 
     def broken(error: OSError) -> None:
+        if sink.file:
+            logger.warning(f"{cannot_write(error)}; trying again, and beyond 64 MiB that wait lines are lost")
+            return
         failures.append(error)
         ended.set()
 
     maker = watcher.maker
     lines = native_lines(form, fd, maker)
     encode = lines.encode_into if lines is not None else encoder(form, fd, maker, indent=tree)
-    sink = StreamSink(fd, encode, maker, latency_s=latency_s, on_closed=ended.set, on_error=broken)
+    sink = StreamSink(fd, encode, maker, latency_s=latency_s, on_closed=ended.set, on_error=broken, path=path)
     watcher.add_draft_sink(sink, lines)
     watcher.on_end(ended.set)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _stop, watcher, loop)
+    if path is not None and sink.file:
+        for number in (signal.SIGHUP, signal.SIGUSR1):  # as logrotate(8) sends after it has moved the file
+            loop.add_signal_handler(number, sink.reopen)
     tune.before_start()
     async with watcher:
         ready = watcher.ready
@@ -136,8 +147,8 @@ async def _watch(watcher: Watcher, fd: int, form: str, tree: bool, latency_s: fl
         await ended.wait()
     sink.finish()
     watcher.raise_failure()
-    if failures:
-        raise cannot_write(failures[0])
+    if error := sink.failure or next(iter(failures), None):
+        raise cannot_write(error)
     return not sink.lost and "lost" not in watcher.stats().events
 
 

@@ -16,8 +16,17 @@ from procwatch.express import Written
 from procwatch.table.draft import Draft, Maker
 
 MAX_PENDING = 64 << 20
+# Between two looks whether a file was moved away, and two attempts at one that cannot be written.
+AGAIN_S = 1.0
 # poll(2) says that a pipe is writable when one page of it is free; that much never blocks.
 PIPE_CHUNK = 4096
+
+
+def open_file(path: str) -> int:
+    """
+    A descriptor that appends to a file; a new one has mode 0640.
+    """
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
 
 
 class StreamSink:
@@ -28,13 +37,17 @@ class StreamSink:
     `lost` event with `where="sink"` stands in their place. We must not set O_NONBLOCK on the descriptor: it would hold
     for everyone who shares it, the user's shell too.
 
+    A file that cannot be written, because the disk is full, is tried again each second meanwhile. It never ends in the
+    middle of a line.
+
     Args:
         fd: Where to write; not closed here.
         encode_into: Appends an event, or the draft of one, to a buffer, as text.
         maker: Makes events of the drafts that must be dropped.
         latency_s: How long lines may gather under load.
         on_closed: Called once when the reader is gone (EPIPE).
-        on_error: Called with any other failure to write.
+        on_error: Called with any other failure to write; of a file with the first one of a row, and writing goes on.
+        path: The name of `fd`; if it is a regular file another one takes its place when that was moved away or removed.
     """
 
     def __init__(
@@ -46,6 +59,7 @@ class StreamSink:
         latency_s: float,
         on_closed: Callable[[], None],
         on_error: Callable[[OSError], None],
+        path: str | None = None,
     ) -> None:
         self._fd = fd
         self._encode_into = encode_into
@@ -55,7 +69,11 @@ class StreamSink:
         self._on_closed = on_closed
         self._on_error = on_error
         self._buffer = bytearray()
-        self._file = stat.S_ISREG(os.fstat(fd).st_mode)
+        self.file = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._path = path if self.file else None
+        self._nameless = False
+        self._looked = self._loop.time()
+        self.failure: OSError | None = None  # of the last attempt to write to the file
         self._last = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._waiting = False
@@ -80,7 +98,7 @@ class StreamSink:
                 self._tell_dropped()
             if type(event) is not Written:
                 self._encode_into(event, buffer)
-            elif self._file and due and not buffer:  # without a copy: that is a tenth of the cost
+            elif self.file and due and not buffer:  # without a copy: that is a tenth of the cost
                 buffer += event.data[self._send(event.data) :]
             else:
                 buffer += event.data
@@ -99,8 +117,16 @@ class StreamSink:
             self._timer.cancel()
             self._timer = None
         self._last = self._loop.time()
+        if self._path is not None and self._last - self._looked >= AGAIN_S:
+            self._looked = self._last
+            if self._moved(self._path):
+                self.reopen()
         if self._buffer:
             self._write()
+        if self.file:
+            if self.failure is not None:
+                self._timer = self._loop.call_later(AGAIN_S, self.flush)
+            return
         waiting = bool(self._buffer) and not self._broken
         if waiting != self._waiting:
             self._waiting = waiting
@@ -122,8 +148,34 @@ class StreamSink:
         self._tell_dropped()
         while self._buffer and not self._broken:
             self._write()
+            if self.file:
+                break
             if self._buffer and not self._broken:
                 self._writable(None)
+
+    def reopen(self) -> None:
+        """
+        Open the file anew, by its name; if that cannot be done the old one is written on.
+        """
+        assert self._path is not None
+        try:
+            new = open_file(self._path)
+        except OSError as error:
+            if not self._nameless:
+                self._on_error(error)
+            self._nameless = True
+            return
+        os.dup2(new, self._fd, inheritable=False)
+        os.close(new)
+        self._nameless = False
+
+    def _moved(self, path: str) -> bool:
+        ours = os.fstat(self._fd)
+        try:
+            there = os.stat(path)
+        except OSError:
+            return True
+        return (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino)
 
     def _write(self) -> None:
         with memoryview(self._buffer) as view:
@@ -137,7 +189,7 @@ class StreamSink:
         done = 0
         try:
             while done < len(view):
-                if self._file:
+                if self.file:
                     done += os.write(self._fd, view[done:])
                 elif self._writable():
                     done += os.write(self._fd, view[done : done + PIPE_CHUNK])
@@ -146,12 +198,28 @@ class StreamSink:
         except BlockingIOError:
             pass
         except OSError as error:
+            if self.file:
+                if self.failure is None:
+                    self._on_error(error)
+                self.failure = error
+                return self._whole(view[:done])
             self._broken = True
             if error.errno == errno.EPIPE:
                 self._on_closed()
             else:
                 self._on_error(error)
+        else:
+            self.failure = None
         return done
+
+    def _whole(self, written: bytes | memoryview) -> int:
+        """
+        Take back the part of a line at the end of what was written; how many bytes are left.
+        """
+        whole = bytes(written).rfind(b"\n") + 1
+        if whole != len(written):
+            os.ftruncate(self._fd, os.lseek(self._fd, whole - len(written), os.SEEK_CUR))
+        return whole
 
     def _writable(self, timeout_ms: int | None = 0) -> bool:
         poll = select.poll()

@@ -9,14 +9,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from procwatch.errors import ConfigError, SinkUnavailable
 from procwatch.sinks.file import FileSink
-from tests.conftest import need
 from tests.sinks.kit import draft, drafts, idle, make, objects, opened, pids, stop, until
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -188,21 +186,6 @@ async def test_places_that_cannot_be_written_are_told(tmp_path: Path):
     os.mkfifo(fifo)
     with pytest.raises(ConfigError, match="not a regular file"):
         await make(FileSink, path=str(fifo)).open()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """
-    A file system of 64 KiB.
-    """
-    need(os.geteuid() == 0, "needs root")
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    need(done.returncode == 0, f"cannot mount: {done.stderr}")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
 
 
 async def test_a_full_disk_and_back(small_disk: Path):

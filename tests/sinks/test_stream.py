@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ class Closed(list[Any]):
     """
 
 
-def sink(fd: int, said: Closed, latency_s: float = 0) -> StreamSink:
+def sink(fd: int, said: Closed, latency_s: float = 0, path: str | None = None) -> StreamSink:
     return StreamSink(
         fd,
         encode,
@@ -54,6 +55,7 @@ def sink(fd: int, said: Closed, latency_s: float = 0) -> StreamSink:
         latency_s=latency_s,
         on_closed=lambda: said.append("closed"),
         on_error=said.append,
+        path=path,
     )
 
 
@@ -216,3 +218,68 @@ async def test_a_file_gets_whole_lines_in_one_write(tmp_path: Path):
         writer([lost(number) for number in range(3000)])
         writer.finish()
     assert [json.loads(line)["count"] for line in (tmp_path / "lines").read_bytes().splitlines()] == list(range(3000))
+
+
+async def test_a_file_is_tried_again(small_disk: Path, monkeypatch: pytest.MonkeyPatch):
+    """
+    While the disk is full lines wait, beyond the bound they are counted; with room again it goes on, each line whole.
+    """
+    monkeypatch.setattr(stream, "MAX_PENDING", 100_000)
+    said = Closed()
+    with open(small_disk / "lines", "wb") as file:
+        writer = sink(file.fileno(), said)
+        for number in range(500):
+            writer([lost(number)])
+        writer.flush()
+        full = (small_disk / "lines").read_bytes()
+        subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+        writer.flush()
+        writer([lost(500)])
+        writer.finish()
+    found = [json.loads(line) for line in (small_disk / "lines").read_bytes().splitlines()]
+    assert [error.errno for error in said] == [errno.ENOSPC]
+    assert full.endswith(b"\n")
+    told = [one["count"] for one in found if one["where"] == "test"]
+    gaps = [one["count"] for one in found if one["where"] == "sink"]
+    assert told == sorted(told)
+    assert len(told) + sum(gaps) == 501
+    assert sum(gaps) == writer.lost > 0
+
+
+@pytest.mark.parametrize("away", ["moved", "removed"])
+async def test_a_file_that_is_gone_is_made_anew(away: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """
+    What comes next is in a new file of the same name, without anybody's signal.
+    """
+    monkeypatch.setattr(stream, "AGAIN_S", 0)
+    path = tmp_path / "lines"
+    fd = stream.open_file(str(path))
+    try:
+        writer = sink(fd, Closed(), path=str(path))
+        writer([lost(1)])
+        path.rename(tmp_path / "lines.1") if away == "moved" else path.unlink()
+        writer([lost(2)])
+        writer.finish()
+    finally:
+        os.close(fd)
+    assert [json.loads(line)["count"] for line in path.read_bytes().splitlines()] == [2]
+
+
+async def test_a_file_that_cannot_be_made_anew_is_written_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """
+    It is said once, and nothing is lost.
+    """
+    monkeypatch.setattr(stream, "AGAIN_S", 0)
+    (tmp_path / "logs").mkdir()
+    fd = stream.open_file(str(tmp_path / "logs" / "lines"))
+    said = Closed()
+    try:
+        writer = sink(fd, said, path=str(tmp_path / "logs" / "lines"))
+        (tmp_path / "logs").rename(tmp_path / "old")
+        writer([lost(1)])
+        writer([lost(2)])
+        writer.finish()
+    finally:
+        os.close(fd)
+    assert [error.errno for error in said] == [errno.ENOENT]
+    assert len((tmp_path / "old" / "lines").read_bytes().splitlines()) == 2
