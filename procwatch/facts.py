@@ -24,6 +24,7 @@ REPLACED = "replaced"  # the process had executed something else by the time it 
 NOT_REPORTED = "not_reported"  # this backend's mechanism does not carry it
 LOST = "lost"  # the fact that held it was dropped
 PAGED_OUT = "paged_out"  # its memory was not resident when the kernel was asked
+PRESSURE = "pressure"  # we had no descriptor, no memory or no time left for it
 TOO_LONG = "too_long"  # longer than the 4096 bytes of a path that the kernel itself would say
 
 

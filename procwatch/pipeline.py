@@ -12,22 +12,26 @@ exec, and the account of an exit, before it tells netlink.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from operator import attrgetter
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from msgspec import Struct
 
 from procwatch import __version__
 from procwatch.enrich.inspector import Inspector
-from procwatch.errors import ConfigError
+from procwatch.errors import ConfigError, DecodeError, SourceLost, SourceUnavailable
 from procwatch.events import DEFAULT_KINDS, Container, ContainerEvent, Event, Lost, ProcessEvent, Ready, Skipped, Stop
 from procwatch.express import Express, Records, Written
 from procwatch.facts import REPLACED, Alive, Details, Exec, Fact, Thread
+from procwatch.facts import Lost as Dropped
 from procwatch.formats.native import Lines
 from procwatch.policy.filter import Predicate
 from procwatch.sources import procfs
@@ -42,10 +46,17 @@ _REPLACED = {"exe": REPLACED, "exe_deleted": REPLACED, "argv": REPLACED, "comm":
 ROUNDS = 8
 # A look through all of /proc after a loss costs 50 µs a process: at most once in this time.
 RESYNC_EVERY_NS = 1_000_000_000
+# A source whose descriptor was closed by somebody else is never heard of again: at most so long.
+LOOK_EVERY_NS = 10_000_000_000
+# A source that fails again within this time of its reopening is lost.
+FAILS_EVERY_NS = 1_000_000_000
 NEVER_NS = 1 << 63
 BY_TIME = attrgetter("time_ns")
 # Events that wait for the names of a container; beyond it the first goes without.
 MAX_HELD = 65_536
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -81,6 +92,18 @@ class Wandering(Protocol):
     def seen(self, pid: int, namespace: int) -> None:
         """
         A process was seen in a mount namespace, an inode number.
+        """
+
+
+@runtime_checkable
+class Holding(Protocol):
+    """
+    A source that is woken by another descriptor than those that it reads.
+    """
+
+    def descriptors(self) -> list[int]:
+        """
+        All that it could not do without.
         """
 
 
@@ -120,6 +143,7 @@ class Pipeline:
         hash_wait_ns: How long events may wait for the hash of their executable.
         inspector: Looks at executables.
         look: Reads one process from /proc.
+        listen: Called with a source that failed and False, before it is opened anew; and with True after that.
     """
 
     def __init__(
@@ -141,6 +165,7 @@ class Pipeline:
         hash_wait_ns: int = 0,
         inspector: Inspector | None = None,
         look: Callable[[int], Details] = procfs.read,
+        listen: Callable[[Source, bool], None] = lambda source, on: None,
     ) -> None:
         self.sources = sources
         self.clock = maker.clock
@@ -190,6 +215,11 @@ class Pipeline:
         self._resynced_ns = 0
         self._resyncs = bool(sources) and sources[0].name != "scan"  # which looks through /proc all the time
         self._read_until_ns = NEVER_NS
+        self._listen = listen
+        self._turned_ns = self.started_ns
+        self._reopened_ns: dict[str, int] = {}
+        self._files = {source.name: _files(source) for source in sources}
+        self._look_ns = self.started_ns + LOOK_EVERY_NS if any(self._files.values()) else NEVER_NS
 
     def start(
         self, *, initial: bool = False, before: Collection[Process] = (), alive: Collection[Alive] | None = None
@@ -232,13 +262,15 @@ class Pipeline:
         Take what the kernel has now, and give the events that are decided.
         """
         written: list[Event | Draft] = []
+        if self.clock.now_ns() >= self._look_ns:
+            self._look_at_files()
         if self._express is None:
             facts = self._take()
             self._read_until_ns = facts[-1].time_ns if facts else NEVER_NS
         else:
-            written = self._express.take()
+            written = self._ask(self.sources[0], self._express.take)
             self._read_until_ns = NEVER_NS if self._express.until_ns is None else self._express.until_ns
-        now = self.clock.now_ns()
+        now = self._turned_ns = self.clock.now_ns()
         if self.table.lost != self._lost:
             self._lost = self.table.lost
             if self._resyncs:
@@ -262,9 +294,60 @@ class Pipeline:
         """
         facts = self._read_lead()
         for source in self.sources[1:]:
-            self.table.apply(source.read())
+            self.table.apply(self._ask(source, source.read))
         self.table.apply(facts)
         return facts
+
+    # Sources that fail
+
+    def _ask(self, source: Source, read: Callable[[], list[T]]) -> list[T]:
+        """
+        What `read` of a source gives; when it fails, the source is opened anew.
+        """
+        try:
+            return read()
+        except OSError as error:
+            self._reopen(source, error)
+            return []
+
+    def _look_at_files(self) -> None:
+        """
+        Whether the descriptors of the sources are still theirs: a program that closes one twice may have hit them.
+        """
+        self._look_ns = self.clock.now_ns() + LOOK_EVERY_NS
+        for source in self.sources:
+            if _files(source) != self._files[source.name]:
+                self._reopen(source, OSError(errno.EBADF, "its descriptor is another file"))
+
+    def _reopen(self, source: Source, error: OSError) -> None:
+        """
+        Go on with a source that has failed, with the gap marked.
+
+        Raises:
+            SourceLost: It cannot be opened, or failed a moment ago.
+        """
+        failed = f"{source.name} failed ({error.strerror or error})"
+        now = self.clock.now_ns()
+        if now - self._reopened_ns.get(source.name, 0) < FAILS_EVERY_NS:
+            raise SourceLost(f"{failed} again and again: restart; if that does not help please report it") from error
+        self._listen(source, False)
+        before = self._files[source.name]
+        theirs = [fd for fd, file in _files(source).items() if file not in (None, before.get(fd))]
+        with suppress(OSError), _kept(theirs):  # others may be closed already
+            source.close()
+        try:
+            source.open()
+        except SourceUnavailable as unavailable:
+            raise SourceLost(f"{failed} and cannot be opened again: {unavailable}") from error
+        log.warning("%s and was opened again", failed)
+        self._listen(source, True)
+        self._files[source.name] = _files(source)
+        until = self._reopened_ns[source.name] = self.clock.now_ns()
+        self.table.apply([Dropped(until, 0, source.name, 1, False, self._turned_ns, until)])
+        if source is self.sources[0]:
+            self._resync_ns = until
+
+    # The table
 
     def _put_right(self, now_ns: int) -> None:
         """
@@ -273,7 +356,11 @@ class Pipeline:
         What ended while we looked is told by facts that are queued by now: they are taken first, so that nothing counts
         as vanished whose end was seen.
         """
-        alive = procfs.snapshot()
+        try:
+            alive = procfs.snapshot()
+        except SourceUnavailable:
+            self._resync_ns = now_ns + RESYNC_EVERY_NS
+            return
         self._take()
         known = self.table.processes
         self.table.resync([fact for fact in alive if fact.pid in known or procfs.stat(fact.pid) is not None], now_ns)
@@ -282,7 +369,7 @@ class Pipeline:
         """
         When `turn()` has something to do though no source has anything, CLOCK_BOOTTIME, or None.
         """
-        whens = [self._resync_ns, self.table.deadline_ns() or NEVER_NS, self._held_until_ns()]
+        whens = [self._resync_ns, self._look_ns, self.table.deadline_ns() or NEVER_NS, self._held_until_ns()]
         when = min(whens)
         return when if when != NEVER_NS else None
 
@@ -296,7 +383,7 @@ class Pipeline:
         """
         for source in self.sources:
             if isinstance(source, Finishing):
-                self.table.apply(source.finish())
+                self.table.apply(self._ask(source, source.finish))
         until = self.clock.now_ns()
         last = self.turn()
         while self._read_until_ns <= until and not self.finished:
@@ -353,18 +440,21 @@ class Pipeline:
 
     def _coverage(self) -> dict[str, float]:
         lead = self.sources[0] if self.sources else None
-        return lead.coverage() if isinstance(lead, Counting) else {}
+        try:
+            return lead.coverage() if isinstance(lead, Counting) else {}
+        except DecodeError:  # no descriptor left to ask the kernel
+            return {}
 
     def _read_lead(self) -> list[Fact]:
         lead = self.sources[0]
-        facts = lead.read()
+        facts = self._ask(lead, lead.read)
         if self._look is not None:
             latest: dict[int, Exec] = {}
             fresh = facts
             for _ in range(ROUNDS):
                 if not self._complete(fresh, latest, self._look):
                     break
-                fresh = lead.read()  # what happened meanwhile: it may prove a reading wrong
+                fresh = self._ask(lead, lead.read)  # what happened meanwhile: it may prove a reading wrong
                 if fresh:
                     facts += fresh
                     facts.sort(key=BY_TIME)
@@ -485,3 +575,36 @@ def _descends(draft: Draft, root: str) -> bool:
     """
     process = draft.process
     return process is not None and (process.id == root or any(ancestor.id == root for ancestor in process.ancestors()))
+
+
+def _files(source: Source) -> dict[int, tuple[int, int, int] | None]:
+    """
+    Which files the descriptors of a source are; None: one that is closed.
+    """
+    fd = source.fileno()
+    found: dict[int, tuple[int, int, int] | None] = {}
+    for one in source.descriptors() if isinstance(source, Holding) else [] if fd is None else [fd]:
+        try:
+            state = os.fstat(one)
+        except OSError:
+            found[one] = None
+        else:
+            found[one] = (state.st_dev, state.st_ino, state.st_mode)
+    return found
+
+
+@contextmanager
+def _kept(fds: list[int]) -> Iterator[None]:
+    """
+    Descriptors are afterwards what they were before, whoever closes them meanwhile.
+    """
+    spares = [(fd, os.dup(fd), os.get_inheritable(fd)) for fd in fds]
+    with open(os.devnull, "wb") as nothing:  # a last word to the kernel goes to nobody else
+        for fd in fds:
+            os.dup2(nothing.fileno(), fd, inheritable=False)
+    try:
+        yield
+    finally:
+        for fd, spare, inheritable in spares:
+            os.dup2(spare, fd, inheritable)
+            os.close(spare)

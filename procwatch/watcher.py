@@ -19,7 +19,7 @@ from procwatch.clock import Clock
 from procwatch.enrich.enricher import Enricher
 from procwatch.enrich.inspector import Inspector
 from procwatch.enrich.runtimes import Roots
-from procwatch.errors import ConfigError, ProcwatchError
+from procwatch.errors import ConfigError, ProcwatchError, SourceLost
 from procwatch.events import DEFAULT_KINDS, AnyEvent, Event, Exit, Lost, Ready, Running, Stop, Vanished
 from procwatch.facts import Alive
 from procwatch.formats.native import Lines
@@ -352,6 +352,7 @@ class Watcher:
                 name_wait_ns=self._name_wait_ns,
                 hash_wait_ns=self._hash_wait_ns,
                 inspector=self._inspector,
+                listen=self._listen,
             )
             self._pipeline.express(self._lines)
             self._default = None if self._sinks or self._draft_sinks else self.subscribe()
@@ -362,12 +363,9 @@ class Watcher:
                 source.close()
             raise
         for source in selection.sources:
-            fd = source.fileno()
-            if fd is not None:
-                self._fds[fd] = source
-                self._loop.add_reader(fd, self._readable, fd)
-            elif source is selection.sources[0]:
-                self._turn_later(source)
+            self._listen(source, True)
+        if selection.sources[0].fileno() is None:
+            self._turn_later(selection.sources[0])
         if self._for_s is not None:
             self._timers["for"] = self._loop.call_later(self._for_s, self.stop)
         if self._pipeline.finished:  # what was alive was enough
@@ -398,6 +396,8 @@ class Watcher:
         self._detach()
         try:
             self._give(self._pipeline.stop())
+        except SourceLost as error:
+            self._failure = error
         finally:
             self._finish()
 
@@ -446,6 +446,21 @@ class Watcher:
 
     # Turns
 
+    def _listen(self, source: Source, on: bool) -> None:
+        """
+        Be woken by a source, or no longer.
+        """
+        assert self._loop is not None
+        fd = source.fileno()
+        if on and fd is not None and not self._stopped:
+            self._fds[fd] = source
+            self._loop.add_reader(fd, self._readable, fd)
+        elif not on and fd in self._fds:
+            del self._fds[fd]
+            self._loop.remove_reader(fd)
+            if timer := self._timers.pop(f"fd{fd}", None):
+                timer.cancel()
+
     def _readable(self, fd: int) -> None:
         source = self._fds[fd]
         delay = source.delay_s()
@@ -463,12 +478,15 @@ class Watcher:
             return
         assert self._loop is not None
         assert self._pipeline is not None
-        source = self._fds[fd]
+        source = self._fds.get(fd)
+        if source is None:  # it failed, and has another one now
+            return
         # Under load a timer alone is enough, and saves two changes of the poll set and a wake-up for each turn.
         if source is self._pipeline.sources[0] and self._pipeline.found and (delay := source.delay_s()):
             self._timers[f"fd{fd}"] = self._loop.call_later(delay, self._gathered, fd)
         else:
-            self._loop.add_reader(fd, self._readable, fd)
+            with suppress(OSError):  # closed by somebody else: the pipeline finds that out
+                self._loop.add_reader(fd, self._readable, fd)
 
     def _turn_later(self, source: Source) -> None:
         assert self._loop is not None

@@ -15,6 +15,7 @@ import pytest
 
 import procwatch
 from procwatch import ConfigError, ProcwatchError, SourceUnavailable, Watcher
+from procwatch.errors import SourceLost
 from procwatch.facts import Gone, Lost
 from procwatch.sources.base import Source
 from procwatch.testing import Collector, FakeSource
@@ -193,16 +194,16 @@ class Broken(FakeSource):
         return super().read()
 
 
-async def test_a_source_that_fails_ends_the_iteration_with_its_error():
+async def test_a_source_that_fails_again_and_again_ends_the_iteration_with_its_error():
     """
-    Not in silence, and not in the loop's log.
+    Not in silence, and not in the loop's log; the first time it was opened anew.
     """
     source = Broken()
     async with Watcher(sources=[source]) as watcher:
         await anext(aiter(watcher))
         source.failing = True
         source.start(["x"])
-        with pytest.raises(OSError, match="it broke"):
+        with pytest.raises(SourceLost, match=r"fake failed \(it broke\) again and again"):
             async for _ in watcher:
                 pass
 

@@ -22,6 +22,7 @@ import os
 import resource
 import select
 import time
+from contextlib import suppress
 from typing import ClassVar
 
 from procwatch.errors import DecodeError, SourceUnavailable
@@ -36,6 +37,8 @@ from procwatch.wire import fanotify
 EVENTS = 2048
 # Reads in one go, when each was full.
 READS = 64
+# What reading says of a descriptor that is no fanotify group (any more).
+_BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTCONN, errno.EISDIR)
 EVENT_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_LARGEFILE", 0)
 
 
@@ -125,6 +128,12 @@ class Fanotify:
         """
         return self._group if self._alone else self._idle
 
+    def descriptors(self) -> list[int]:
+        """
+        The group, and what wakes.
+        """
+        return [] if self._group is None else [self._group, self._idle]
+
     def delay_s(self) -> float:
         """
         Alone: let opens gather, wake-ups are the cost.
@@ -149,7 +158,10 @@ class Fanotify:
                 data = os.read(group, self._bytes)
             except BlockingIOError:
                 break
-            except OSError:  # the first file could not be opened for us (a stale handle, no descriptor left): dropped
+            except OSError as error:
+                if error.errno in _BROKEN:
+                    raise
+                # The first file could not be opened for us (a stale handle, no descriptor left): dropped
                 self._lose(now, facts)
                 continue
             self._take(data, now, facts)
@@ -184,6 +196,9 @@ class Fanotify:
         The kernel tells that events were dropped, not how many.
         """
         self._lost += 1
+        if facts and isinstance(facts[-1], Lost):
+            facts[-1].count += 1
+            return
         facts.append(Lost(now, 0, "fanotify_queue", 1, False, self._read_ns, now))
 
     def _calm(self, now: int) -> None:
@@ -217,11 +232,12 @@ class Fanotify:
         """
         if self._group is None:
             return
+        group, self._group = self._group, None
         if self._marks is not None:
             self._marks.close()
-        os.close(self._group)
-        os.close(self._idle)
-        self._group = None
+        for fd in (group, self._idle):
+            with suppress(OSError):  # closed by somebody else
+                os.close(fd)
 
 
 def unavailable(name: str, error: OSError) -> SourceUnavailable:

@@ -25,6 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from procwatch.errors import DecodeError
@@ -141,13 +142,15 @@ class Marks:
                 elif fd in self._watches:
                     died |= not self._look(self._watches[fd])
             if died:
-                self._scan()
+                with suppress(OSError):  # no descriptor left: the next process that is seen is looked at
+                    self._scan()
             while self._news:
                 self._watch(self._news.popleft())
             if check_at is not None and self._lying is not None and time.monotonic() >= check_at:
                 check_at = None
                 self._lying()
-                self._epoll.modify(self._group, _ONCE)
+                with suppress(OSError):  # closed by somebody else: its owner finds that out
+                    self._epoll.modify(self._group, _ONCE)
 
     def _scan(self) -> None:
         """

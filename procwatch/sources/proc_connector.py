@@ -22,6 +22,7 @@ import select
 import socket
 import struct
 import time
+from contextlib import suppress
 from operator import attrgetter
 from typing import ClassVar
 
@@ -105,7 +106,8 @@ class ProcConnector:
         except SourceUnavailable:
             self.close()
             raise
-        self._drops_at_open = self._drops()
+        self._drops_at_open = self._drops() - self._accounted  # which is of earlier sockets too
+        self._credit = 0
         self._births = Births(lambda: self._born)
 
     def _await_acknowledgement(self, number: int) -> None:
@@ -285,12 +287,9 @@ class ProcConnector:
         """
         if self._socket is None:
             return
-        try:
-            self._socket.send(cn_proc.request(cn_proc.PROC_CN_MCAST_IGNORE))
-        except OSError:
-            pass
-        self._socket.close()
-        self._socket = None
+        closing, self._socket = self._socket, None
+        with closing, suppress(OSError):
+            closing.send(cn_proc.request(cn_proc.PROC_CN_MCAST_IGNORE))
 
 
 class Pace:

@@ -9,8 +9,8 @@ Read processes from /proc, proc(5).
   others are not tried. /proc/PID/mem asks for more (PTRACE_MODE_ATTACH), and Yama may refuse that alone.
 - `file`, `argv` and `comm` are memory that the process can write. Nothing is opened on their word but regular files,
   and these only to look for "#!".
-- A pid that is hidden from us (mount option hidepid) says "permission", one that is not there "exited"; a read that
-  fails otherwise (no descriptors left, say) "not_reported".
+- A pid that is hidden from us (mount option hidepid) says "permission", one that is not there "exited", where no
+  descriptor or no memory is left "pressure"; a read that fails otherwise "not_reported".
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import os
 import stat as mode
 import time
 
-from procwatch.errors import DecodeError
-from procwatch.facts import EXITED, KERNEL_THREAD, NOT_REPORTED, PERMISSION, Alive, Details
+from procwatch.errors import DecodeError, SourceUnavailable
+from procwatch.facts import EXITED, KERNEL_THREAD, NOT_REPORTED, PERMISSION, PRESSURE, Alive, Details
 from procwatch.wire import procfs as decode
 
 MAX_CMDLINE = 128 << 10
@@ -37,6 +37,7 @@ _FROM_STATUS = ("uid", "gid", "euid", "egid")
 # threads with ppid, ns_pid with uid) has no entry of its own.
 FIELDS = (*_PROGRAM, *_FROM_STAT, *_FROM_STATUS, "cgroup")
 _ATTEMPTS = 3
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 # A kernel built with CONFIG_AUDIT.
@@ -126,16 +127,29 @@ def snapshot(exclude: tuple[int, ...] = ()) -> list[Alive]:
 
     Args:
         exclude: Pids to leave out.
+
+    Raises:
+        SourceUnavailable: There is no descriptor left to look with; so nobody is taken for dead.
     """
     found = []
-    for pid in pids():
+    try:
+        listed = pids()
+    except OSError as error:
+        raise _blind(error.strerror) from error
+    for pid in listed:
         if pid in exclude:
             continue
         time_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         details, state = look(pid)
         if state is not None and not state.ended:
             found.append(Alive(time_ns, pid, details))
+        elif details.missing.get("ppid") == PRESSURE:
+            raise _blind(os.strerror(errno.EMFILE))
     return found
+
+
+def _blind(reason: str | None) -> SourceUnavailable:
+    return SourceUnavailable("/proc", f"cannot be read ({reason})", "raise the limit of open files (ulimit -n)")
 
 
 def hidden() -> bool:
@@ -499,7 +513,7 @@ def _why(error: OSError) -> str:
         return EXITED
     if error.errno in (errno.EACCES, errno.EPERM):
         return PERMISSION
-    return NOT_REPORTED
+    return PRESSURE if error.errno in _NO_ROOM else NOT_REPORTED
 
 
 def _reason(text: bytes | str) -> str:

@@ -28,12 +28,14 @@ by the same fraction of the age where there is no pidfd.
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
 import resource
 import select
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import ClassVar
 
 from procwatch.errors import DecodeError, SourceUnavailable
@@ -58,6 +60,7 @@ MAX_CHECKS = 256  # per look
 SWEEP_NS = _SECOND  # longest time between two looks at one process, and between two listings ...
 SWEEP_NS_PER_PROCESS = 5 * _MS // 2  # ... at least so much for each process: 0.3 % of a core
 LISTING_NS_PER_PROCESS = _MS // 4
+AT_ONCE = 4  # descriptors that are open at once while we look at one process
 REAP_NS = 20 * _MS  # how long an exit may wait for the parent, that makes its status known
 RESERVED_PIDS = 300  # not given out again after the numbers wrapped (kernel/pid.c)
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC
@@ -191,6 +194,12 @@ class Scan:
         """
         return None
 
+    def descriptors(self) -> list[int]:
+        """
+        What every look reads.
+        """
+        return [] if self._epoll is None else [self._loadavg, self._epoll.fileno()]
+
     def delay_s(self) -> float:
         """
         1 ms after a birth, growing to 20 ms; never less than the last look took, so that half of a core is the most.
@@ -211,6 +220,8 @@ class Scan:
         now = self._now_ns = _now()
         self._ended.clear()
         self._ends(facts)
+        if not self._has_room():  # who is missed until there is some will be counted
+            return facts
         births = self._counts_births and self._account_due(final)
         counted = procfs.born() if births else 0  # before the look for births: all that it counts can be seen there
         self._births(facts)
@@ -242,7 +253,8 @@ class Scan:
         Close all descriptors.
         """
         for fd in self._by_fd:
-            os.close(fd)
+            with suppress(OSError):  # closed by somebody else
+                os.close(fd)
         self._by_fd.clear()
         self._known.clear()
         self._due.clear()
@@ -250,9 +262,37 @@ class Scan:
         if self._epoll is not None:
             self._epoll.close()
             self._epoll = None
-        if self._loadavg >= 0:
-            os.close(self._loadavg)
-            self._loadavg = -1
+        loadavg, self._loadavg = self._loadavg, -1
+        if loadavg >= 0:
+            os.close(loadavg)
+
+    def _has_room(self) -> bool:
+        """
+        Whether there are descriptors to look with; our own that wait for ends are given back for it.
+        """
+        while True:
+            spare: list[int] = []
+            try:
+                spare.extend(os.dup(self._loadavg) for _ in range(AT_ONCE))
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                if not self._by_fd:
+                    return False
+                self._max_pidfds = len(self._by_fd) // 2
+                for fd in sorted(self._by_fd)[self._max_pidfds :]:
+                    self._unwatch(fd)
+            else:
+                return True
+            finally:
+                for fd in spare:
+                    os.close(fd)
+
+    def _unwatch(self, fd: int) -> None:
+        assert self._epoll is not None
+        self._epoll.unregister(fd)  # closing is not enough where a forked child of ours has it, too
+        self._by_fd.pop(fd).fd = -1
+        os.close(fd)
 
     # Births
 
@@ -396,10 +436,7 @@ class Scan:
         self._ended.add(process.pid)
         self._told[process.pid] = process.start_ticks
         if process.fd >= 0:
-            assert self._epoll is not None
-            self._epoll.unregister(process.fd)  # closing is not enough where a forked child of ours has it, too
-            del self._by_fd[process.fd]
-            os.close(process.fd)
+            self._unwatch(process.fd)
         facts.append(Exit(time_ns, process.pid, status, start_ns=process.start_ticks * NS_PER_TICK))
 
     # Losses

@@ -58,6 +58,7 @@ class Taskstats:
         self._socket: socket.socket | None = None
         self._groups: dict[int, Record] = {}
         self._told = 0  # losses
+        self._told_before = 0  # of these, of earlier sockets
         self._read_ns = 0
         self._facts = self._wakeups = self._undecoded = 0
 
@@ -81,6 +82,7 @@ class Taskstats:
             SourceUnavailable: No such family, another namespace, or no permission.
         """
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        self._told_before = self._told
         try:
             self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_GENERIC)
             self._socket.settimeout(ACK_TIMEOUT_S)
@@ -170,6 +172,12 @@ class Taskstats:
         The socket when alone; else None: an exit that netlink tells of is reason enough to read.
         """
         return self._socket.fileno() if self._alone and self._socket is not None else None
+
+    def descriptors(self) -> list[int]:
+        """
+        The socket.
+        """
+        return [] if self._socket is None else [self._socket.fileno()]
 
     def delay_s(self) -> float:
         """
@@ -269,7 +277,7 @@ class Taskstats:
         """
         assert self._socket is not None
         info = self._socket.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)
-        count = struct.unpack_from("=9I", info)[SK_MEMINFO_DROPS] - self._told
+        count = struct.unpack_from("=9I", info)[SK_MEMINFO_DROPS] + self._told_before - self._told
         if count > 0:
             self._told += count
             facts.append(Lost(now, 0, "taskstats_socket", count, True, self._read_ns, now))
@@ -285,9 +293,9 @@ class Taskstats:
         Close; the kernel forgets a listener that is gone.
         """
         if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+            closing, self._socket = self._socket, None
             self._groups.clear()
+            closing.close()
 
 
 def _add(record: Record, before: Record) -> None:

@@ -30,6 +30,7 @@ from procwatch.facts import (
     EXITED,
     LOST,
     NOT_REPORTED,
+    PRESSURE,
     Accounted,
     Alive,
     Changed,
@@ -694,6 +695,9 @@ class Table:
             if process is None or self._look is None:
                 continue
             details = self._look(pid)
+            if details.missing.get("ppid") == PRESSURE:
+                self._doubtful[pid] = now_ns + HOLD_NS
+                continue
             if _same(process, details) and (details.threads or 0) > 1:
                 continue
             if process.leader_status == 0 and (process.tids or process.others):
@@ -777,7 +781,7 @@ def _same(process: Process, details: Details) -> bool:
 
 
 # Sources that only add to what others tell: what they lose is no event, but a field of one.
-_DETAILS = {"fanotify_queue": "open", "taskstats_socket": "account"}
+_DETAILS = {"fanotify_queue": "open", "fanotify": "open", "taskstats_socket": "account", "taskstats": "account"}
 _ACCOUNTED = ("cpu_user_ns", "cpu_system_ns", "max_rss_bytes")
 _CHANGES: dict[str, type[ProcessEvent]] = {
     "comm": events.Comm,

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -57,7 +57,7 @@ class Agent:
 
 
 @contextmanager
-def agent(backend: str, *options: str) -> Iterator[Agent]:
+def agent(backend: str, *options: str, stderr: IO[str] | None = None) -> Iterator[Agent]:
     """
     An agent that is ready.
     """
@@ -65,7 +65,7 @@ def agent(backend: str, *options: str) -> Iterator[Agent]:
     reason = make(Options()).probe()
     need(reason is None, str(reason))
     command = [sys.executable, "-m", "procwatch", "watch", "--backend", backend, "--format", "json", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         running = Agent(process)
         running.read_until("ready")
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from contextlib import suppress
 from typing import Any
 
 from msgspec import Struct
@@ -54,7 +55,8 @@ class Loaded(Struct, frozen=True):
         Give them back.
         """
         for fd in (*self.maps.values(), *self.programs.values()):
-            os.close(fd)
+            with suppress(OSError):  # closed by somebody else
+                os.close(fd)
 
 
 class LoadError(OSError):
