@@ -80,7 +80,7 @@ FAMILIES: dict[str, _Family] = {
     "procwatch_containers": _Family(_G, "Containers that are known."),
     "procwatch_cgroups": _Family(_G, "Cgroups that are remembered."),
     "procwatch_lookups_pending": _Family(_G, "Cgroups whose container is being looked up."),
-    "procwatch_lookups_refused_total": _Family(_C, "Lookups given up because too many waited."),
+    "procwatch_lookups_refused_total": _Family(_C, "Names and hashes given up because too many waited."),
     "procwatch_sink_written_total": _Family(_C, "Events that the other end has.", ("sink",)),
     "procwatch_sink_dropped_total": _Family(_C, "Events that this sink lost.", ("sink",)),
     "procwatch_sink_failures_total": _Family(_C, "Times that writing or connecting failed.", ("sink",)),

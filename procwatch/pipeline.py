@@ -26,11 +26,12 @@ from typing import Protocol, TypeVar, runtime_checkable
 from msgspec import Struct
 
 from procwatch import __version__
+from procwatch.enrich.hashes import REFUSED
 from procwatch.enrich.inspector import Inspector
 from procwatch.errors import ConfigError, DecodeError, SourceLost, SourceUnavailable
 from procwatch.events import DEFAULT_KINDS, Container, ContainerEvent, Event, Lost, ProcessEvent, Ready, Skipped, Stop
 from procwatch.express import Express, Records, Written
-from procwatch.facts import REPLACED, Alive, Details, Exec, Fact, Thread
+from procwatch.facts import PRESSURE, REPLACED, Alive, Details, Exec, Fact, Thread
 from procwatch.facts import Lost as Dropped
 from procwatch.formats.native import Lines
 from procwatch.policy.filter import Predicate
@@ -506,6 +507,8 @@ class Pipeline:
             for draft in drafts:
                 if isinstance(draft, Draft) and not draft.details.inspected:
                     self._inspector.inspect(draft.who.pid, draft.details)
+                    if draft.details.hash is REFUSED:
+                        draft.missing = {**draft.missing, "hash": PRESSURE}
         if self._name_wait_ns or self._hash_wait_ns or self._held:
             drafts = self._release(drafts, now_ns)
         if self._keep is not None or self._under is not None:

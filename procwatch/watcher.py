@@ -603,9 +603,12 @@ class Watcher:
 
     def names(self) -> dict[str, int]:
         """
-        Sizes of what is known of containers, and lookups that were refused.
+        Sizes of what is known of containers, and lookups (of names, users, hashes) that were given up.
         """
-        return self._enricher.stats() if self._enricher is not None else {}
+        if self._enricher is None or self._inspector is None:
+            return {}
+        names = self._enricher.stats()
+        return {**names, "refused": names["refused"] + self._inspector.refused}
 
     def choose(self, keep: Predicate | None, container_wait_ms: float) -> None:
         """

@@ -15,6 +15,7 @@ import pytest
 
 import procwatch
 from procwatch import ConfigError, ProcwatchError, SourceUnavailable, Watcher
+from procwatch.enrich import hashes
 from procwatch.errors import SourceLost
 from procwatch.facts import Gone, Lost
 from procwatch.sources.base import Source
@@ -401,3 +402,25 @@ def test_a_forgotten_generator_is_cleaned_up_with_its_loop():
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+async def test_a_hash_is_the_first_to_go_under_pressure(monkeypatch: pytest.MonkeyPatch):
+    """
+    The event comes at once and says why it has none; it is counted, and the next event of the file has it again.
+    """
+    monkeypatch.setattr(hashes, "MAX_WAITING", 0)
+    info = os.stat(sys.executable)
+    source = FakeSource()
+    async with Watcher(sources=[source], hash="sha256", hash_wait_ms=30_000, events=["exec", "exit"]) as watcher:
+        collector = Collector(watcher)
+        pid = source.start(["x"], exe=sys.executable, exe_dev=info.st_dev, exe_inode=info.st_ino)
+        begun = await collector.wait("exec")
+        assert watcher.names()["refused"] == 1
+        assert watcher._inspector is not None
+        assert watcher._inspector._hasher is not None
+        watcher._inspector._hasher._worker._capacity = 1
+        source.end(pid)
+        ended = await collector.wait("exit", timeout_s=30)
+    assert (begun.hash, begun.missing["hash"]) == (None, "pressure")
+    assert "hash" not in ended.missing
+    assert len(ended.hash["sha256"]) == 64

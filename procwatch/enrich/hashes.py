@@ -32,6 +32,7 @@ class Hash:
 
 
 _NONE = Hash(done=True)
+REFUSED = Hash()  # too many wait: asked for again with the next event
 
 
 class Hasher:
@@ -93,7 +94,7 @@ class Hasher:
         if not self._worker.submit(lambda: self._digest(fd, key, pending)):
             self._waiting.discard(fd)
             os.close(fd)
-            return _NONE
+            return REFUSED
         if len(self._hashes) >= self._capacity:
             self._hashes.clear()
         self._hashes[key] = pending

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from procwatch.enrich.files import Files
-from procwatch.enrich.hashes import Hash, Hasher
+from procwatch.enrich.hashes import REFUSED, Hash, Hasher
 from procwatch.enrich.users import inside, parse_id_map
 from procwatch.facts import Details
 from procwatch.sources import procfs
@@ -55,12 +55,20 @@ class Inspector:
                 details.exe_capabilities, details.exe_upper = found.capabilities, found.upper
         if self._hasher is not None:
             details.hash = self._hasher.of(pid, details.exe, details.exe_dev, details.exe_inode)
+            details.inspected = details.hash is not REFUSED
 
     def pending(self, details: Details) -> bool:
         """
         Whether the hash is still being computed.
         """
-        return isinstance(details.hash, Hash) and not details.hash.done
+        return isinstance(details.hash, Hash) and not (details.hash.done or details.hash is REFUSED)
+
+    @property
+    def refused(self) -> int:
+        """
+        Hashes that were not computed because too many files waited.
+        """
+        return self._hasher.refused if self._hasher is not None else 0
 
     def close(self) -> None:
         """

@@ -40,6 +40,10 @@ class Worker:
         """
         with self._wake:
             if self._closed or len(self._jobs) >= self._capacity:
+                if not (self._closed or self.refused):
+                    log.warning(
+                        "%s: %d jobs wait; from now on some fields stay empty, counted", self._name, self._capacity
+                    )
                 self.refused += not self._closed
                 return False
             heapq.heappush(self._jobs, (time.monotonic() + delay_s, next(self._order), job))
