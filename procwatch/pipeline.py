@@ -48,7 +48,7 @@ ROUNDS = 8
 # A look through all of /proc after a loss costs 50 µs a process: at most once in this time.
 RESYNC_EVERY_NS = 1_000_000_000
 # A source whose descriptor was closed by somebody else is never heard of again: at most so long.
-LOOK_EVERY_NS = 10_000_000_000
+LOOK_EVERY_NS = 60_000_000_000
 # A source that fails again within this time of its reopening is lost.
 FAILS_EVERY_NS = 1_000_000_000
 NEVER_NS = 1 << 63

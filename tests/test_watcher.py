@@ -129,8 +129,12 @@ async def test_several_watchers_on_the_real_host(backend: str):
     try:
         async with Watcher(backend=backend) as first, Watcher(backend=backend) as second:
             collectors = Collector(first), Collector(second)
-            with subprocess.Popen(["sleep", "0.05", "0.03"]) as process:
-                await asyncio.to_thread(process.wait)
+            with subprocess.Popen(["cat", "-"], stdin=subprocess.PIPE) as process:
+                for collector in collectors:
+                    await collector.wait(
+                        lambda e: getattr(e, "pid", 0) == process.pid and getattr(e, "argv", 0) == ["cat", "-"]
+                    )
+                await asyncio.to_thread(process.communicate)
                 ended = [
                     await collector.wait(lambda e: e.event == "exit" and getattr(e, "pid", 0) == process.pid)
                     for collector in collectors
@@ -138,7 +142,7 @@ async def test_several_watchers_on_the_real_host(backend: str):
     except SourceUnavailable as error:
         pytest.skip(str(error))
     assert ended[0].id == ended[1].id
-    assert ended[0].argv == ended[1].argv == ["sleep", "0.05", "0.03"]
+    assert ended[0].argv == ended[1].argv == ["cat", "-"]
 
 
 @pytest.mark.parametrize("backend", ["auto", "netlink", "scan"])
