@@ -553,6 +553,8 @@ class Watcher:
                 sink(batch)
             for subscription in self._subscriptions:
                 subscription.put(batch)
+        if self._lines is not None:  # only lines are wanted, so nobody waits
+            return
         for draft in drafts:
             if isinstance(draft, Draft) and (draft.kind is Exit or draft.kind is Vanished):
                 self._ended(draft)

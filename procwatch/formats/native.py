@@ -4,6 +4,7 @@ Native JSON: one object a line, the fields of procwatch.events under their own n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -40,6 +41,7 @@ def _part(name: str, first: str, last: str) -> type[Struct]:
 
 _Context = _part("Context", "exe", "audit_session")
 _Marks = _part("Marks", "missing", "inferred")
+_NO_MARKS: tuple[dict[str, str], Sequence[str], bytes] = {}, [], b""
 _CLEAR = b',"missing":{},"inferred":[]'
 
 
@@ -56,6 +58,8 @@ class Lines:
         self._maker = maker
         self.second_ns = -1 << 62  # CLOCK_BOOTTIME at which the wall clock's second in `_heads` began
         self._heads: dict[type[ProcessEvent], bytes] = {}
+        # Those of the last line of each kind: thousands of processes that died unread lack the same.
+        self._marks: dict[type[ProcessEvent], tuple[dict[str, str], Sequence[str], bytes]] = {}
         labels = b"" if maker.labels is None else b'"labels":' + _encode(maker.labels) + b","
         self.host = b'Z","host":' + _encode(maker.host) + b"," + labels
 
@@ -81,7 +85,10 @@ class Lines:
             context = self.context(details)
         known = _CLEAR
         if draft.missing or draft.inferred:
-            known = b"," + _encode(_Marks(draft.missing, draft.inferred))[1:-1]
+            missing, inferred, known = self._marks.get(draft.kind, _NO_MARKS)
+            if draft.missing is not missing or draft.inferred is not inferred:
+                known = b"," + _encode(_Marks(draft.missing, draft.inferred))[1:-1]
+                self._marks[draft.kind] = draft.missing, draft.inferred, known
         # Half as dear as a format with %b.
         return b"".join(
             (

@@ -64,6 +64,7 @@ class Fanotify:
         self._read_ns = 0
         self._bytes = fanotify.EVENT_BYTES * EVENTS
         self._pid = 0
+        self._links = -1
         self._files = Files()
         self._marks: Marks | None = None
         self._facts = self._wakeups = self._lost = self._undecoded = 0
@@ -99,6 +100,8 @@ class Fanotify:
             raise unavailable(self.name, error) from error
         self._idle = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._marks = Marks(self._group, fanotify.FAN_OPEN_EXEC, self._rouse)
+        self._links = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._files = Files(self._links)
         self._pid = os.getpid()
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._bytes = fanotify.EVENT_BYTES * max(16, min(EVENTS, limit // 4))
@@ -180,14 +183,15 @@ class Fanotify:
             self._undecoded += 1
             return
         describe, close = self._files.describe, os.close
+        own, put = self._pid, facts.append
         for mask, fd, pid in events:
             if fd < 0:
                 if mask & fanotify.FAN_Q_OVERFLOW:
                     self._lose(now, facts)
                 continue
             try:
-                if pid > 0 and pid != self._pid:  # 0: of a pid namespace that we cannot see into
-                    facts.append(describe(fd, pid, now))
+                if pid > 0 and pid != own:  # 0: of a pid namespace that we cannot see into
+                    put(describe(fd, pid, now))
             finally:
                 close(fd)
 
@@ -235,7 +239,7 @@ class Fanotify:
         group, self._group = self._group, None
         if self._marks is not None:
             self._marks.close()
-        for fd in (group, self._idle):
+        for fd in (group, self._idle, self._links):
             with suppress(OSError):  # closed by somebody else
                 os.close(fd)
 

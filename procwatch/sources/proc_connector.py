@@ -30,7 +30,9 @@ from procwatch.errors import DecodeError, SourceUnavailable
 from procwatch.facts import Exec, Fact, Fork, Lost, Thread
 from procwatch.sources.base import SourceStats, set_receive_buffer
 from procwatch.sources.births import Births
+from procwatch.sources.libc import Datagrams
 from procwatch.wire import cn_proc
+from procwatch.wire.cn_proc import Message
 
 SO_MEMINFO = 55
 SK_MEMINFO_DROPS = 8
@@ -39,6 +41,7 @@ ACK_TIMEOUT_S = 1.0
 NO_CPU = 0xFFFFFFFF
 # One read() hands over at most this many facts, so that a full 64 MiB buffer does not become one huge batch.
 BATCH = 8192
+SLOTS = 128  # taken by one system call
 # Inode numbers of the initial namespaces (include/linux/proc_ns.h).
 _INITIAL = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC}
 
@@ -61,6 +64,7 @@ class ProcConnector:
         self._next_seq: dict[int, int] = {}
         self._last_ns: dict[int, int] = {}
         self._early: list[bytes] = []
+        self._slots = Datagrams(cn_proc.SLOT, SLOTS)
         self._accounted = 0  # losses already told
         self._credit = 0  # of these, told by the drop counter and still to be seen as gaps
         self._drops_at_open = 0
@@ -194,24 +198,26 @@ class ProcConnector:
             return []
         offset = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         facts: list[Fact] = []
-        receive = self._socket.recv
         for data in self._early:
-            self._take(data, offset, facts)
+            self._take(cn_proc.decode(data, offset), facts)
         self._early.clear()
-        for _ in range(BATCH):
+        fd, slots = self._socket.fileno(), self._slots
+        for _ in range(BATCH // SLOTS):
             try:
-                data = receive(4096)
-            except BlockingIOError:
-                if self._overrun:
-                    self._overrun = False
-                    self._tail(facts)
-                break
+                data, lengths = slots.receive(fd)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
                 self._overrun = True
                 continue
-            self._take(data, offset, facts)
+            messages, refused = cn_proc.decode_slots(data, lengths, offset)
+            self._undecoded += refused
+            self._take(messages, facts)
+            if len(lengths) < SLOTS:
+                if self._overrun:
+                    self._overrun = False
+                    self._tail(facts)
+                break
         if facts:
             self._wakeups += 1
             self._facts += len(facts)
@@ -219,12 +225,7 @@ class ProcConnector:
             self._born += self._pace.learn(facts, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         return facts
 
-    def _take(self, data: bytes, offset: int, facts: list[Fact]) -> None:
-        try:
-            messages = cn_proc.decode(data, offset)
-        except DecodeError:
-            self._undecoded += 1
-            return
+    def _take(self, messages: list[Message], facts: list[Fact]) -> None:
         for cpu, seq, time_ns, fact, ack in messages:
             if ack is not None and cpu == NO_CPU:
                 continue  # of another listener, on a kernel that does not number these

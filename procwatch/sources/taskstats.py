@@ -28,6 +28,7 @@ from typing import ClassVar
 from procwatch.errors import DecodeError, SourceUnavailable
 from procwatch.facts import Accounted, Fact, Lost, Usage
 from procwatch.sources.base import SourceStats, set_receive_buffer
+from procwatch.sources.libc import Datagrams
 from procwatch.wire import taskstats
 from procwatch.wire.taskstats import Record
 
@@ -37,6 +38,7 @@ SO_MEMINFO = 55
 SK_MEMINFO_DROPS = 8
 ACK_TIMEOUT_S = 1.0
 BATCH = 8192
+SLOTS = 32  # taken by one system call
 # Processes some of whose threads have ended, and whose times are summed.
 GROUPS = 8192
 
@@ -56,6 +58,7 @@ class Taskstats:
         self._alone = alone
         self._buffer_bytes = buffer_bytes
         self._socket: socket.socket | None = None
+        self._slots = Datagrams(taskstats.SLOT, SLOTS)
         self._groups: dict[int, Record] = {}
         self._told = 0  # losses
         self._told_before = 0  # of these, of earlier sockets
@@ -193,19 +196,21 @@ class Taskstats:
             return []
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         facts: list[Fact] = []
-        receive, take = self._socket.recv, self._take
+        fd, slots = self._socket.fileno(), self._slots
         overrun = False
-        for _ in range(BATCH):
+        for _ in range(BATCH // SLOTS):
             try:
-                data = receive(4096)
-            except BlockingIOError:
-                break
+                data, lengths = slots.receive(fd)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
                 overrun = True
                 continue
-            take(data, now, facts)
+            records, refused = taskstats.decode_slots(data, lengths)
+            self._undecoded += refused
+            facts += [self.account(record, now) for record in records if record.last is not False or self.is_end(record)]
+            if len(lengths) < SLOTS:
+                break
         if overrun:
             self._lose(now, facts)
         self._read_ns = now
@@ -213,14 +218,6 @@ class Taskstats:
             self._wakeups += 1
             self._facts += len(facts)
         return facts
-
-    def _take(self, data: bytes, now: int, facts: list[Fact]) -> None:
-        try:
-            records = taskstats.decode(data)
-        except DecodeError:
-            self._undecoded += 1
-            return
-        facts.extend(self.account(record, now) for record in records if self.is_end(record))
 
     def is_end(self, record: Record) -> bool:
         """

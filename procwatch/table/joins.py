@@ -54,27 +54,33 @@ class Joins:
         """
         For each process that executed programs in this batch, what each exec ran.
         """
-        execs: dict[int, list[Exec]] = {}
+        last: dict[int, Exec] = {}
+        several: dict[int, int] = {}  # how many, of those that executed more than one
         ended: set[int] = set()
+        threaded = self._threaded
         for fact in facts:
             if type(fact) is Exec:
-                execs.setdefault(fact.pid, []).append(fact)
-                ended.discard(fact.pid)  # a thread's exec ends its leader first
+                pid = fact.pid
+                if pid in last:
+                    several[pid] = several.get(pid, 1) + 1
+                last[pid] = fact
+                ended.discard(pid)  # a thread's exec ends its leader first
             elif type(fact) is Thread:
                 if fact.born:
-                    if len(self._threaded) >= MAX_OPENERS:
-                        self._threaded.clear()
-                    self._threaded.add(fact.pid)
-                elif fact.tid == fact.pid and fact.pid not in self._threaded:
+                    if len(threaded) >= MAX_OPENERS:
+                        threaded.clear()
+                    threaded.add(fact.pid)
+                elif fact.tid == fact.pid and fact.pid not in threaded:
                     ended.add(fact.pid)
         found = {}
-        for pid, told in execs.items():
-            final = self._final(told[-1], accounts.get(pid) if pid in ended else None)
-            ran, rest = match(self._opens.pop(pid, ()), len(told), final=final, ended=pid in ended)
+        for pid, told in last.items():
+            final = self._final(told, accounts.get(pid) if pid in ended else None)
+            count = several.get(pid, 1)
+            ran, rest = match(self._opens.pop(pid, ()), count, final=final, ended=pid in ended)
             if rest:
                 self._opens[pid] = rest
             if not ran:
-                ran = [Ran(certain=False) for _ in told]
+                ran = [Ran(certain=False) for _ in range(count)]
             if ran[-1].exe is None and final is not None:
                 ran[-1].exe = self._paths.get(final)
             for one in ran:

@@ -84,6 +84,8 @@ def match(
     Returns:
         One result for each exec, in order; and the opens that wait for the next call.
     """
+    if execs == 1 and final is not None and _is_usual(opens, final):
+        return [Ran(opens[0])], []
     groups = split(opens)
     if not execs:
         return [], [] if ended else _pending(groups)
@@ -100,6 +102,20 @@ def match(
         _settle(ran[-1], known)
     rest = groups[whole[-1] + 1 :] if whole else groups
     return ran, [] if ended else _pending(rest)
+
+
+def _is_usual(opens: Sequence[Opened], final: Identity) -> bool:
+    """
+    Whether these are a binary that is known to have run, and at most its loader: nearly all are.
+    """
+    if not 0 < len(opens) < 3:
+        return False
+    binary = opens[0]
+    return (
+        (binary.dev, binary.inode) == final
+        and binary.kind == "elf"
+        and (len(opens) == 1 or (not opens[1].over and loads(opens[1], binary)))
+    )
 
 
 def split(opens: Sequence[Opened]) -> list[Group]:

@@ -118,6 +118,8 @@ class Table:
         self._ran: dict[int, list[Ran]] = {}
         self._undecided = 0  # forks that hold back what came after them
         self._accounts: dict[int, Accounted] = {}
+        self._last_inferred: tuple[Sequence[str], Sequence[str]] = [], []
+        self._last_missing: tuple[dict[str, str], dict[str, str], dict[str, str]] = {}, {}, {}
         self._doubtful: dict[int, int] = {}  # leader dead, other threads believed alive: pid -> when to look
         self._apply: dict[type[Fact], Callable[[Any], None]] = {
             Fork: self._on_fork,
@@ -128,7 +130,7 @@ class Table:
             ExecFailed: self._on_exec_failed,
             Alive: self._on_alive,
             Gone: self._on_gone,
-            Opened: self._on_opened,
+            Opened: self.joins.opened,
             Accounted: self._on_accounted,
             Lost: self._on_lost,
         }
@@ -304,13 +306,12 @@ class Table:
                 details = changed(details, cgroup=fact.cgroup)
         elif parent is not None:
             details = inherit(parent.details, details, AT_FORK, inferred=True)
-        inferred = start is None
         if start is None:
-            start = ticks(fact.time_ns)
-        process = make(pid, start, process_id(self.boot, pid, start), parent, details)
+            start = fact.time_ns // NS_PER_TICK
+        process = make(pid, start, f"{self.boot}-{pid}-{start}", parent, details)
         process.ppid = fact.ppid
         process.inherited = fact.details is None
-        process.start_inferred = inferred
+        process.start_inferred = fact.start_ticks is None
         process.born_ns = fact.time_ns
         self.processes[pid] = process
         if fact.ppid != KTHREADD:
@@ -506,9 +507,6 @@ class Table:
         if process is not None:
             self._vanish(process, fact.time_ns)
 
-    def _on_opened(self, fact: Opened) -> None:
-        self.joins.opened(fact)
-
     def _on_accounted(self, fact: Accounted) -> None:
         self._accounts[fact.pid] = fact
         if len(self._accounts) > MAX_ACCOUNTS:
@@ -623,16 +621,17 @@ class Table:
         missing = None
         if status is None:
             number, code, core = 0, None, None
-            missing = {"code": NOT_REPORTED, "signal": NOT_REPORTED, "core_dumped": NOT_REPORTED}
+            missing = _NO_STATUS
         else:
             number = status & 0x7F
             code = None if number else status >> 8 & 0xFF
             core = status & 0x80 != 0
         if usage is None:
             usage = _NO_USAGE
+            missing = {**missing, **_NO_ACCOUNT} if missing else _NO_ACCOUNT
         user_ns, system_ns, max_rss = usage.cpu_user_ns, usage.cpu_system_ns, usage.max_rss_bytes
-        if user_ns is None or system_ns is None or max_rss is None:
-            unknown = [name for name in _ACCOUNTED if getattr(usage, name) is None]
+        if usage is not _NO_USAGE and (user_ns is None or system_ns is None or max_rss is None):
+            unknown = [name for name in _NO_ACCOUNT if getattr(usage, name) is None]
             missing = {**(missing or {}), **dict.fromkeys(unknown, NOT_REPORTED)}
         born_ns = process.born_ns or process.start_ticks * NS_PER_TICK
         if not born_ns:
@@ -663,12 +662,12 @@ class Table:
         What only the account of a process's end can tell, if it died unread.
         """
         details = process.details
-        told = {
-            name: getattr(account, name)
-            for name in ("comm", "uid", "gid")
-            if getattr(details, name) is None and getattr(account, name) is not None
-        }
-        if told:
+        if details.comm is None or details.uid is None or details.gid is None:
+            told = {
+                name: getattr(account, name)
+                for name in ("comm", "uid", "gid")
+                if getattr(details, name) is None and getattr(account, name) is not None
+            }
             missing = {name: why for name, why in details.missing.items() if name not in told}
             process.details = changed(details, missing=missing, **told)
         if details.exe is None and (exe := self.joins.path_of(account)) is not None:
@@ -750,13 +749,18 @@ class Table:
         inferred: Sequence[str] = details.inferred
         if process.inherited:
             inferred = as_inferred(process, AT_FORK)
+        # What many have in common they share, and formats write it once (Lines): hence the two memories of the last.
         if process.start_inferred:
-            inferred = (*inferred, "id")
+            if self._last_inferred[0] is not inferred:
+                self._last_inferred = inferred, (*inferred, "id")
+            inferred = self._last_inferred[1]
         known = details.missing
         if process.argv_missing is not None:
             known = {**known, "argv": process.argv_missing}
         if missing:
-            known = {**known, **missing}
+            if self._last_missing[0] is not known or self._last_missing[1] is not missing:
+                self._last_missing = known, missing, {**known, **missing}
+            known = self._last_missing[2]
         who = process.who or process.introduce(self._ancestors)
         return Draft(kind, time_ns, who, details, known, inferred, tail, process)
 
@@ -782,7 +786,8 @@ def _same(process: Process, details: Details) -> bool:
 
 # Sources that only add to what others tell: what they lose is no event, but a field of one.
 _DETAILS = {"fanotify_queue": "open", "fanotify": "open", "taskstats_socket": "account", "taskstats": "account"}
-_ACCOUNTED = ("cpu_user_ns", "cpu_system_ns", "max_rss_bytes")
+_NO_STATUS = dict.fromkeys(("code", "signal", "core_dumped"), NOT_REPORTED)
+_NO_ACCOUNT = dict.fromkeys(("cpu_user_ns", "cpu_system_ns", "max_rss_bytes"), NOT_REPORTED)
 _CHANGES: dict[str, type[ProcessEvent]] = {
     "comm": events.Comm,
     "uid": events.Uid,

@@ -36,7 +36,10 @@ EXIT: Final = 0x80000000
 NLMSG_DONE: Final = 3
 _HEADER: Final = struct.Struct("=IHHII IIIIHH")  # nlmsghdr, cn_msg
 _EVENT: Final = struct.Struct("=IHHII IIIIHH IIQ")  # the same, and what, cpu, timestamp_ns
-_USUAL: Final = struct.Struct("=IHHII IIIIHH IIQ iiii 8x")  # an event with the whole union
+# What every kernel so far sends: one event, with the whole union; in a slot of SLOT bytes.
+SLOT: Final = 128
+_USUAL: Final = struct.Struct("=I12x III4xH2x IIQ iiii 60x")
+_USUAL_BYTES: Final = 76
 _USUAL_SIZE: Final = 40  # sizeof(struct proc_event)
 _TWO: Final = struct.Struct("=ii")
 _FOUR: Final = struct.Struct("=iiii")
@@ -79,19 +82,6 @@ def decode(data: bytes, offset_ns: int = 0) -> list[Message]:
     Raises:
         DecodeError: A length or a type that the kernel would not send.
     """
-    if len(data) == _USUAL.size:
-        # What every kernel so far sends: one event, its union padded to the largest. One unpack for all of it.
-        length, _, _, _, _, idx, val, seq, _, size, _, what, cpu, time_ns, *union = _USUAL.unpack(data)
-        if idx == CN_IDX_PROC and val == CN_VAL_PROC and length == len(data) and size == _USUAL_SIZE:
-            time_ns += offset_ns
-            first, second, third, fourth = union
-            if what == FORK:
-                usual: Fact = Fork(time_ns, fourth, second) if third == fourth else Thread(time_ns, fourth, third, True)
-                return [(cpu, seq, time_ns, usual, None)]
-            if what == EXEC:
-                return [(cpu, seq, time_ns, Exec(time_ns, second), None)]
-            if what == EXIT:
-                return [(cpu, seq, time_ns, Thread(time_ns, second, first, False, third & 0xFFFFFFFF), None)]
     found: list[Message] = []
     start, end = 0, len(data)
     while start < end:
@@ -112,6 +102,49 @@ def decode(data: bytes, offset_ns: int = 0) -> list[Message]:
             found.append((cpu, seq, time_ns, _fact(what, time_ns, data, at), None))
         start += (length + 3) & ~3
     return found
+
+
+def decode_slots(slots: memoryview, lengths: list[int], offset_ns: int = 0) -> tuple[list[Message], int]:
+    """
+    All messages of many datagrams: the same as `decode()` gives for each, at a third of the cost.
+
+    Args:
+        slots: The datagrams, each at the begin of its SLOT bytes.
+        lengths: Theirs; more than SLOT for one that was cut.
+        offset_ns: As of `decode()`.
+
+    Returns:
+        The messages, and how many datagrams were refused.
+    """
+    found: list[Message] = []
+    put = found.append
+    refused = 0
+    for at, (length, idx, val, seq, size, what, cpu, time_ns, first, second, third, fourth) in enumerate(
+        _USUAL.iter_unpack(slots)
+    ):
+        if (
+            length == _USUAL_BYTES == lengths[at]
+            and size == _USUAL_SIZE
+            and idx == CN_IDX_PROC
+            and val == CN_VAL_PROC
+        ):
+            time_ns += offset_ns
+            if what == EXIT:
+                put((cpu, seq, time_ns, Thread(time_ns, second, first, False, third & 0xFFFFFFFF), None))
+                continue
+            if what == EXEC:
+                put((cpu, seq, time_ns, Exec(time_ns, second), None))
+                continue
+            if what == FORK:
+                born = Fork(time_ns, fourth, second) if third == fourth else Thread(time_ns, fourth, third, True)
+                put((cpu, seq, time_ns, born, None))
+                continue
+        start = at * SLOT
+        try:
+            found += decode(bytes(slots[start : start + min(lengths[at], SLOT)]), offset_ns)
+        except DecodeError:
+            refused += 1
+    return found, refused
 
 
 def _fact(what: int, time_ns: int, data: bytes, at: int) -> Fact | None:

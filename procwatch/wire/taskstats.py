@@ -36,6 +36,10 @@ _VERSION: Final = struct.Struct("=H")
 _LAYOUT: Final = "=H2xIB{0}x32s8xIIII8xQQQ32xQ40xQQ"
 _BASIC: Final = struct.Struct(_LAYOUT.format(71))
 _BASIC_15: Final = struct.Struct(_LAYOUT.format(71 + 6 * 8))  # maximum and minimum of three delays
+# What all kernels from version 12 on, but for version 15, send of a task that was not the last of several; in a slot of
+# SLOT bytes: nlmsghdr, genlmsghdr, the attribute AGGR_PID, and from struct taskstats what is told here.
+SLOT: Final = 2048
+_USUAL: Final = struct.Struct("=IH14x HH HHIHH" + _LAYOUT[1:].format(71) + "104x I4xQQQ 1612x")
 # ac_tgid, ac_tgetime, ac_exe_dev, ac_exe_inode
 _GROUP: Final = struct.Struct("=I4xQQQ")
 _GROUP_AT: Final = 368
@@ -93,6 +97,50 @@ def decode(data: bytes) -> list[Record]:
                 records.append(record)
         at += (length + 3) & ~3
     return records
+
+
+def decode_slots(slots: memoryview, lengths: list[int]) -> tuple[list[Record], int]:
+    """
+    All records of many datagrams: the same as `decode()` gives for each, at a third of the cost.
+
+    Args:
+        slots: The datagrams, each at the begin of its SLOT bytes.
+        lengths: Theirs; more than SLOT for one that was cut.
+
+    Returns:
+        The records, and how many datagrams were refused.
+    """
+    found: list[Record] = []
+    put = found.append
+    refused = 0
+    for at, (
+        length, kind, outer, aggregate, first, _, tid, inner, _, version, status, flag, comm, uid, gid, _, ppid, _,
+        user, system, rss, read, written, pid, elapsed, dev, inode,
+    ) in enumerate(_USUAL.iter_unpack(slots)):  # fmt: skip
+        if (
+            length == lengths[at] == outer + 20 == inner + 32 <= SLOT
+            and inner >= 404
+            and kind >= NLMSG_MIN_TYPE
+            and aggregate == AGGR_PID
+            and first == 8
+            and version >= WITH_EXE
+            and version != MIDDLE
+        ):
+            name = comm.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+            last = flag & AGROUP != 0
+            put(
+                Record(
+                    tid, pid, last, version, status, name, uid, gid, ppid, elapsed, user, system, rss, read, written,
+                    dev, inode,
+                )
+            )  # fmt: skip
+            continue
+        start = at * SLOT
+        try:
+            found += decode(bytes(slots[start : start + min(lengths[at], SLOT)]))
+        except DecodeError:
+            refused += 1
+    return found, refused
 
 
 def errors(data: bytes) -> int | None:
