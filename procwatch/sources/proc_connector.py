@@ -23,6 +23,7 @@ import socket
 import struct
 import time
 from contextlib import suppress
+from collections.abc import Callable
 from operator import attrgetter
 from typing import ClassVar
 
@@ -73,6 +74,7 @@ class ProcConnector:
         self._born = 0
         self._births: Births | None = None
         self._pace = Pace()
+        self._offset = Offset()
 
     def probe(self) -> SourceUnavailable | None:
         """
@@ -196,7 +198,7 @@ class ProcConnector:
         """
         if self._socket is None:
             return []
-        offset = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        offset = self._offset.learn()
         facts: list[Fact] = []
         for data in self._early:
             self._take(cn_proc.decode(data, offset), facts)
@@ -291,6 +293,40 @@ class ProcConnector:
         closing, self._socket = self._socket, None
         with closing, suppress(OSError):
             closing.send(cn_proc.request(cn_proc.PROC_CN_MCAST_IGNORE))
+
+
+class Offset:
+    """
+    CLOCK_BOOTTIME minus CLOCK_MONOTONIC: what is added to the kernel's stamps.
+
+    The two clocks can only be read one after the other, and whoever is interrupted between them sees milliseconds too
+    much. If that moved the stamps of one read and not of the next, an exit would be sorted before its own fork. The
+    true difference changes only when the machine sleeps, so a value is kept as long as it can be true.
+
+    Args:
+        read: Gives a clock.
+    """
+
+    TRIES = 10
+
+    def __init__(self, read: Callable[[int], int] = time.clock_gettime_ns) -> None:
+        self._read = read
+        self._ns: int | None = None
+
+    def learn(self) -> int:
+        """
+        The difference now, ns.
+        """
+        least, most = self._bounds()
+        if self._ns is None or not least <= self._ns <= most:
+            tries = [(least, most), *(self._bounds() for _ in range(self.TRIES))]
+            self._ns = sum(min(tries, key=lambda bounds: bounds[1] - bounds[0])) // 2
+        return self._ns
+
+    def _bounds(self) -> tuple[int, int]:
+        before = self._read(time.CLOCK_MONOTONIC)
+        boot = self._read(time.CLOCK_BOOTTIME)
+        return boot - self._read(time.CLOCK_MONOTONIC), boot - before
 
 
 class Pace:
