@@ -208,6 +208,7 @@ class Opened(Fact, gc=False):
     kind: str = ""  # "elf" (static or dynamic), "script", "other": by its first bytes
     interpreter: str | None = None  # PT_INTERP of an ELF file, or the path on the `#!` line
     held: Details | None = None  # what was read while the kernel held the exec (hold mode)
+    stray: bool = False  # a script, and there is no such interpreter: the exec failed
     over: bool = False  # a file of an overlay: the open before it was of the layer's file, and is not an exec's own
 
 

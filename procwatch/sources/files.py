@@ -71,9 +71,8 @@ class Files:
         before = last.get(pid) or self._before.get(pid)
         over = before is not None and before[0] != dev and _is_over(before, state, fd)
         last[pid] = state
-        return Opened(
-            time_ns, pid, path, deleted, memfd, dev, inode, size, kind, interpreter, None, over
-        )  # fmt: skip
+        stray = kind == "script" and interpreter is not None and _is_nowhere(pid, interpreter)
+        return Opened(time_ns, pid, path, deleted, memfd, dev, inode, size, kind, interpreter, None, stray, over)
 
     def _read_head(self, fd: int, state: State) -> tuple[str, str | None]:
         try:
@@ -109,6 +108,29 @@ def _is_named(path: str, status: os.stat_result) -> bool:
     except (OSError, ValueError):
         return False
     return (named.st_dev, named.st_ino) == (status.st_dev, status.st_ino)
+
+
+def _is_nowhere(pid: int, interpreter: str) -> bool:
+    """
+    Whether a process that still lives would not find an interpreter; of one that is gone nobody can tell.
+
+    A link is enough: an absolute one could not be followed from the root of another.
+    """
+    if not interpreter.startswith("/"):
+        return False
+    try:
+        root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        os.stat(os.fsencode(interpreter).lstrip(b"/"), dir_fd=root, follow_symlinks=False)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(root)
+    return False
 
 
 def _is_over(below: State, state: State, fd: int) -> bool:

@@ -20,6 +20,7 @@ where a prefix is a `#!` script, or a file that only binfmt_misc can run, and th
     sh ld.so ls                 2      sh, then ls                    ls's ld.so was swallowed by the queue
     sh ld.so                    2      sh, sh (deduced)               so was the whole second sh
     text sh ld.so               1      sh                             ENOEXEC, then the shell: nothing of it stays
+    lost.sh tiny                1      tiny                           nor of a script without its interpreter (stray)
     run.sh (nothing else)       0      -                              pending: its exec is not told yet
 
 Three things make the count of groups and of execs differ. A failed exec leaves a group that has no exec (E2BIG,
@@ -29,7 +30,7 @@ and inode that the process was known to run in the end (from taskstats or /proc)
 is only likely is marked `certain=False`, and what is anybody's guess stays None.
 
 Known to be wrong: after a script whose interpreter does not exist, the next exec of that process counts it as its
-script.
+script, if the process was gone before we could look for the interpreter from its root directory.
 """
 
 from __future__ import annotations
@@ -130,6 +131,9 @@ def split(opens: Sequence[Opened]) -> list[Group]:
         if not _continues(group, opened):
             groups.append(group)
             group = Group([])
+        if opened.stray:
+            group = Group([])
+            continue
         group.opens.append(opened)
         if opened.kind == "script":
             group.script = group.script or opened

@@ -172,6 +172,26 @@ class TestPaths:
         assert ran.exe is not None
         assert ran.exe.path == str(tiny)
 
+    def test_script_without_its_interpreter_is_nobodys(self, source: Fanotify, tmp_path: Path) -> None:
+        """
+        What a process executes after such a script is not taken for the script's interpreter.
+        """
+        script = tmp_path / "lost.sh"
+        script.write_text("#!/nowhere/at/all -x\n")
+        script.chmod(0o755)
+        go_on = f"import os\ntry: os.execv({str(script)!r}, ['x'])\nexcept OSError: os.execv('/bin/cat', ['cat'])"
+        with subprocess.Popen([sys.executable, "-c", go_on], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(b"x")
+            process.stdin.flush()
+            assert process.stdout.read(1) == b"x"  # so cat runs now
+            found = opens(source.read(), process.pid)
+
+        assert str(script) in [one.path for one in found]
+        *_, last = match(found, 2)[0]
+        assert last.exe is not None
+        assert (last.exe.path, last.script) == (os.path.realpath("/bin/cat"), None)
+
     def test_second_open_of_a_file_is_swallowed(self, source: Fanotify, tiny: Path) -> None:
         """
         The kernel's queue holds a file once for each process: the fact that the rule is built on.

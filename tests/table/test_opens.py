@@ -26,6 +26,7 @@ PROGRAMS = {
     "a.sh": ("/srv/a.sh", "script", "/srv/b.sh"),
     "b.sh": ("/srv/b.sh", "script", "/bin/sh"),
     "lost.sh": ("/srv/lost.sh", "script", "/nowhere"),
+    "c.sh": ("/srv/c.sh", "script", "/srv/lost.sh"),
     "text": ("/srv/text", "other", None),
     "a.jar": ("/srv/a.jar", "other", None),
     "lower": ("/tiny", "elf", None),
@@ -37,7 +38,8 @@ LOADERS = {"ld.so", "ld-2.31", "libc"}
 
 def opened(name: str) -> Opened:
     path, kind, interpreter = PROGRAMS[name]
-    return Opened(1, 7, path, False, False, 8, NAMES.index(name) + 100, 9, kind, interpreter, over=name == "merged")
+    stray, over = interpreter == "/nowhere", name == "merged"
+    return Opened(1, 7, path, False, False, 8, NAMES.index(name) + 100, 9, kind, interpreter, None, stray, over)
 
 
 def identity(name: str) -> tuple[int, int]:
@@ -81,6 +83,10 @@ RULE = [
     ("sh ld.so run.sh", 2, "sh sh<run.sh~", ""),
     ("text sh ld.so", 1, "sh", ""),
     ("lost.sh run.sh sh ld.so", 1, "sh<run.sh", ""),
+    ("lost.sh tiny", 1, "tiny", ""),
+    ("c.sh lost.sh true ld.so", 1, "true", ""),
+    ("sh ld.so lost.sh tiny", 2, "sh tiny", ""),
+    ("lost.sh", 0, "", ""),
     ("run.sh", 0, "", "run.sh"),
     ("tiny", 0, "", "tiny"),
     ("run.sh", 1, "?<run.sh~", ""),
