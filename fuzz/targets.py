@@ -46,6 +46,7 @@ def connector(data: bytes) -> None:
     """
     with suppress(DecodeError):
         cn_proc.decode(data)
+    cn_proc.decode_slots(memoryview(data[: cn_proc.SLOT].ljust(cn_proc.SLOT, b"\0")), [len(data)])
 
 
 def opens(data: bytes) -> None:

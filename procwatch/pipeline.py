@@ -29,7 +29,18 @@ from procwatch import __version__
 from procwatch.enrich.hashes import REFUSED
 from procwatch.enrich.inspector import Inspector
 from procwatch.errors import ConfigError, DecodeError, SourceLost, SourceUnavailable
-from procwatch.events import DEFAULT_KINDS, Container, ContainerEvent, Event, Lost, ProcessEvent, Ready, Skipped, Stop
+from procwatch.events import (
+    DEFAULT_KINDS,
+    Container,
+    ContainerEvent,
+    Event,
+    Exit,
+    Lost,
+    ProcessEvent,
+    Ready,
+    Skipped,
+    Stop,
+)
 from procwatch.express import Express, Records, Written
 from procwatch.facts import PRESSURE, REPLACED, Alive, Details, Exec, Fact, Thread
 from procwatch.facts import Lost as Dropped
@@ -377,6 +388,14 @@ class Pipeline:
     def _held_until_ns(self) -> int:
         wait_ns = max(self._name_wait_ns, self._hash_wait_ns)
         return self._held[0][0] + wait_ns if self._held else NEVER_NS
+
+    def is_ending(self, identity: str) -> bool:
+        """
+        Whether the exit of a process is decided, and held back.
+        """
+        held = (draft for _, draft in self._held if isinstance(draft, Draft))
+        ending = any(draft.kind is Exit and draft.who.id == identity for draft in held)
+        return ending or self.table.is_ending(identity)
 
     def stop(self) -> list[Event | Draft]:
         """

@@ -266,7 +266,8 @@ class Watcher:
         self._lines: Lines | None = None
         self._default: Subscription | None = None
         self._exits: OrderedDict[str, Draft] = OrderedDict()
-        self._waiting: dict[int, list[asyncio.Future[Draft | None]]] = {}  # by pid: an id may be corrected by a tick
+        # By pid, for an id may be corrected by a tick; with the process, if it is still in the table.
+        self._waiting: dict[int, list[tuple[asyncio.Future[Draft | None], Process | None]]] = {}
         self._on_end: list[Callable[[], None]] = []
         self._failure: BaseException | None = None
         self._stopped = False
@@ -431,8 +432,8 @@ class Watcher:
             subscription.close()
         for call in self._on_end:
             call()
-        for futures in self._waiting.values():
-            for future in futures:
+        for waiting in self._waiting.values():
+            for future, _ in waiting:
                 if not future.done():
                     future.set_result(None)
         self._waiting.clear()
@@ -505,6 +506,8 @@ class Watcher:
             self._failure = error
             self.close()
         else:
+            if self._waiting:
+                self._end_waits()
             if self._pipeline.finished:
                 self.stop()
             self._schedule()
@@ -564,9 +567,22 @@ class Watcher:
             self._exits[draft.who.id] = draft
             if len(self._exits) > RECENT_EXITS:
                 self._exits.popitem(last=False)
-        for future in self._waiting.pop(draft.who.pid, ()):
+        for future, _ in self._waiting.pop(draft.who.pid, ()):
             if not future.done():
                 future.set_result(draft)
+
+    def _end_waits(self) -> None:
+        """
+        Of a process that vanished no event tells, unless that kind is wanted; nor of an end that is filtered out.
+        """
+        pipeline = self._started()
+        for pid, waiting in list(self._waiting.items()):
+            for future, process in waiting:
+                if process is not None and process.ended and not future.done() and not pipeline.is_ending(process.id):
+                    future.set_exception(_unseen(process.id))
+            self._waiting[pid] = [one for one in waiting if not one[0].done()]
+            if not self._waiting[pid]:
+                del self._waiting[pid]
 
     # For users
 
@@ -688,15 +704,17 @@ class Watcher:
             parts = id.split("-")
             pid = int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else 0
             process = self.get(pid)
-            if self._stopped or ((process is None or process.id != id) and not self._started().table.is_ending(id)):
+            if process is not None and process.id != id:
+                process = None
+            if self._stopped or (process is None and not self._started().is_ending(id)):
                 raise LookupError(f"no process {id!r} is alive")
             future: asyncio.Future[Draft | None] = asyncio.get_running_loop().create_future()
-            self._waiting.setdefault(pid, []).append(future)
+            self._waiting.setdefault(pid, []).append((future, process))
             ended = await future
             if ended is None:
                 raise ProcwatchError(f"the watcher ended before {id!r} did")
             if ended.kind is not Exit:
-                raise LookupError(f"the end of {id!r} was not seen")
+                raise _unseen(id)
         event = self.maker.event(ended)
         assert isinstance(event, Exit)
         return event
@@ -756,6 +774,10 @@ def watch_sync(**arguments: object) -> Generator[AnyEvent, None, None]:
 
 async def _close(watcher: Watcher) -> None:
     watcher.close()
+
+
+def _unseen(identity: str) -> LookupError:
+    return LookupError(f"the end of {identity!r} was not seen")
 
 
 def _several(values: Collection[str] | str) -> Collection[str]:

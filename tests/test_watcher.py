@@ -273,6 +273,40 @@ async def test_wait_exit_does_not_wait_for_ever():
             await watcher.wait_exit("0123abcd-99999999-1")
 
 
+@pytest.mark.parametrize("kinds", ["exec,exit", "exec,exit,vanished"])
+async def test_wait_exit_of_who_vanished(kinds: str):
+    """
+    Its end was lost: an error, whether or not the watcher tells of those.
+    """
+    source = FakeSource()
+    async with Watcher(sources=[source], events=kinds) as watcher:
+        collector = Collector(watcher)
+        pid = source.start(["x"])
+        started = await collector.wait("exec")
+        waiting = [asyncio.create_task(watcher.wait_exit(started.id)) for _ in range(2)]
+        await asyncio.sleep(0)
+        source.feed(Gone(source_now(), pid))
+        for one in waiting:
+            with pytest.raises(LookupError, match="not seen"):
+                await one
+
+
+async def test_wait_exit_of_who_is_filtered_out():
+    """
+    Its end is not shown, so nobody can wait for it, and nobody does.
+    """
+    source = FakeSource()
+    async with Watcher(sources=[source], keep=lambda event: event.event != "exit") as watcher:
+        collector = Collector(watcher)
+        pid = source.start(["x"])
+        started = await collector.wait("exec")
+        waiting = asyncio.create_task(watcher.wait_exit(started.id))
+        await asyncio.sleep(0)
+        source.end(pid)
+        with pytest.raises(LookupError, match="not seen"):
+            await waiting
+
+
 # Other doors
 
 

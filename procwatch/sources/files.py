@@ -140,7 +140,4 @@ def _is_over(below: State, state: State, fd: int) -> bool:
     overlayfs opens the real file with the same flags, so that an exec gives two events, the layer's first. Its path is
     one that exists nowhere: from the root of the overlay's own private mount.
     """
-    return (
-        below[2:] == state[2:]
-        and libc.filesystem_magic(fd) == libc.OVERLAYFS_SUPER_MAGIC
-    )
+    return below[2:] == state[2:] and libc.filesystem_magic(fd) == libc.OVERLAYFS_SUPER_MAGIC

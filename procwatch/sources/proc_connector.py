@@ -200,8 +200,8 @@ class ProcConnector:
             return []
         offset = self._offset.learn()
         facts: list[Fact] = []
-        for data in self._early:
-            self._take(cn_proc.decode(data, offset), facts)
+        for early in self._early:
+            self._take(cn_proc.decode(early, offset), facts)
         self._early.clear()
         fd, slots = self._socket.fileno(), self._slots
         for _ in range(BATCH // SLOTS):
@@ -319,8 +319,11 @@ class Offset:
         """
         least, most = self._bounds()
         if self._ns is None or not least <= self._ns <= most:
-            tries = [(least, most), *(self._bounds() for _ in range(self.TRIES))]
-            self._ns = sum(min(tries, key=lambda bounds: bounds[1] - bounds[0])) // 2
+            for _ in range(self.TRIES):
+                after = self._bounds()
+                if after[1] - after[0] < most - least:
+                    least, most = after
+            self._ns = (least + most) // 2
         return self._ns
 
     def _bounds(self) -> tuple[int, int]:

@@ -208,7 +208,9 @@ class Taskstats:
                 continue
             records, refused = taskstats.decode_slots(data, lengths)
             self._undecoded += refused
-            facts += [self.account(record, now) for record in records if record.last is not False or self.is_end(record)]
+            facts += [
+                self.account(record, now) for record in records if record.last is not False or self.is_end(record)
+            ]
             if len(lengths) < SLOTS:
                 break
         if overrun:

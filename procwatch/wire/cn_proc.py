@@ -122,12 +122,7 @@ def decode_slots(slots: memoryview, lengths: list[int], offset_ns: int = 0) -> t
     for at, (length, idx, val, seq, size, what, cpu, time_ns, first, second, third, fourth) in enumerate(
         _USUAL.iter_unpack(slots)
     ):
-        if (
-            length == _USUAL_BYTES == lengths[at]
-            and size == _USUAL_SIZE
-            and idx == CN_IDX_PROC
-            and val == CN_VAL_PROC
-        ):
+        if length == _USUAL_BYTES == lengths[at] and size == _USUAL_SIZE and idx == CN_IDX_PROC and val == CN_VAL_PROC:
             time_ns += offset_ns
             if what == EXIT:
                 put((cpu, seq, time_ns, Thread(time_ns, second, first, False, third & 0xFFFFFFFF), None))

@@ -181,7 +181,8 @@ class TestPaths:
         script.chmod(0o755)
         go_on = f"import os\ntry: os.execv({str(script)!r}, ['x'])\nexcept OSError: os.execv('/bin/cat', ['cat'])"
         with subprocess.Popen([sys.executable, "-c", go_on], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             process.stdin.write(b"x")
             process.stdin.flush()
             assert process.stdout.read(1) == b"x"  # so cat runs now

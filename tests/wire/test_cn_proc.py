@@ -156,6 +156,34 @@ def test_real_messages_with_other_bytes_in_them_are_facts_or_an_error(name: str,
         pass
 
 
+changed = st.tuples(
+    st.sampled_from(sorted(REAL)), st.lists(st.tuples(st.integers(0, 75), st.integers(0, 255)), max_size=2)
+)
+
+
+def with_changes(name: str, changes: list[tuple[int, int]]) -> bytes:
+    data = bytearray(REAL[name])
+    for at, value in changes:
+        data[at] = value
+    return bytes(data)
+
+
+@given(st.lists(st.binary(max_size=200) | changed.map(lambda one: with_changes(*one)), max_size=8))
+def test_many_datagrams_at_once_are_those_one_by_one(datagrams: list[bytes]):
+    """
+    The quick way gives the same messages, and refuses the same datagrams, and those that were cut.
+    """
+    expected: list[cn_proc.Message] = []
+    refused = 0
+    for data in datagrams:
+        try:
+            expected += cn_proc.decode(data[: cn_proc.SLOT], 5)
+        except DecodeError:
+            refused += 1
+    slots = b"".join(data[: cn_proc.SLOT].ljust(cn_proc.SLOT, b"\xff") for data in datagrams)
+    assert cn_proc.decode_slots(memoryview(slots), [len(data) for data in datagrams], 5) == (expected, refused)
+
+
 @pytest.mark.parametrize(("mask", "size"), [(None, 40), (0x80000003, 44)])
 def test_requests_have_the_two_lengths_that_kernels_take(mask: int | None, size: int):
     """

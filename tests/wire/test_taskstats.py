@@ -138,6 +138,40 @@ class TestDecode:
                 pass
 
 
+class TestSlots:
+    @given(st.lists(st.tuples(st.integers(8, 17), st.sampled_from([0, 0x20]), st.integers(0, 700), st.booleans())))
+    def test_many_are_those_one_by_one(self, kinds: list[tuple[int, int, int, bool]]) -> None:
+        """
+        The quick way gives the same records, and refuses the same datagrams: of all versions, cut anywhere.
+        """
+        datagrams = []
+        for version, flag, cut, group in kinds:
+            data = bytearray(stats(min(version, 16), tid=71, flag=flag))
+            data[0] = version
+            attributes = [aggregate(4, 1, 71, bytes(data)), *([aggregate(5, 2, 70, bytes(data))] if group else [])]
+            datagrams.append(message(*attributes)[: cut or None])
+        expected: list[Record] = []
+        refused = 0
+        for datagram in datagrams:
+            try:
+                expected += taskstats.decode(datagram)
+            except DecodeError:
+                refused += 1
+        slots = b"".join(datagram.ljust(taskstats.SLOT, b"\xff") for datagram in datagrams)
+
+        assert taskstats.decode_slots(memoryview(slots), [*map(len, datagrams)]) == (expected, refused)
+
+    @given(st.binary(min_size=36, max_size=700), st.integers(0, 5000))
+    def test_any_bytes(self, data: bytes, length: int) -> None:
+        """
+        Whatever comes, of whatever length it is said to be, there are records or it is refused.
+        """
+        records, refused = taskstats.decode_slots(memoryview(data.ljust(taskstats.SLOT, b"\0")), [length])
+
+        assert refused in (0, 1)
+        assert all(isinstance(record, Record) for record in records)
+
+
 class TestErrors:
     def test_acknowledgement(self) -> None:
         """
