@@ -229,6 +229,14 @@ class Accounted(Fact, gc=False):
     elapsed_ns: int | None = None  # from its start to its end, to the microsecond; does not count suspend
 
 
+class Decided(Fact, gc=False):
+    """
+    What is to be told is known already, and keeps its place among what the other facts tell. `pid` is 0.
+    """
+
+    event: object = None
+
+
 class Lost(Fact, gc=False):
     """
     Facts that were dropped. `pid` is 0. Placed in the batch where it happened.

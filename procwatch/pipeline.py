@@ -26,6 +26,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from msgspec import Struct
 
 from procwatch import __version__
+from procwatch.brief import Brief
 from procwatch.enrich.hashes import REFUSED
 from procwatch.enrich.inspector import Inspector
 from procwatch.errors import ConfigError, DecodeError, SourceLost, SourceUnavailable
@@ -216,6 +217,7 @@ class Pipeline:
         self._kinds = frozenset(kinds)
         self._ancestors = ancestors
         self._express: Express | None = None
+        self._brief: Brief | None = None
         self.finished = False
         self._limit = limit
         self._strict = strict
@@ -256,17 +258,23 @@ class Pipeline:
 
     def express(self, lines: Lines | None) -> None:
         """
-        From now on write lines at once where that is possible, or no more: see Express.
+        From now on write lines at once where that is possible, or no more: see Express and Brief.
         """
         odd = (self._keep, self._under, self._limit)
         ebpf = self.sources[0] if len(self.sources) == 1 else None
         possible = (
             "exec" in self._kinds
-            and not ("fork" in self._kinds or self._ancestors or self._name_wait_ns or self._hash_wait_ns or self._held)
+            and not (self._ancestors or self._name_wait_ns or self._hash_wait_ns or self._held)
             and all(wish is None for wish in odd)
         )
-        self._express = None
-        if possible and lines is not None and isinstance(ebpf, Records):
+        self._express = self._brief = None
+        if not possible or lines is None:
+            return
+        names = [source.name for source in self.sources]
+        if names in (["netlink"], ["netlink", "fanotify", "taskstats"]):
+            tells_exit, accounts = "exit" in self._kinds, len(names) > 1
+            self._brief = Brief(self.table, self.maker, lines, accounts=accounts, tells_exit=tells_exit)
+        if isinstance(ebpf, Records) and "fork" not in self._kinds:
             self._express = Express(ebpf, self.table, self.maker, lines, tells_exit="exit" in self._kinds)
 
     def turn(self) -> list[Event | Draft]:
@@ -305,9 +313,11 @@ class Pipeline:
         What all sources have, into the table; gives the lead's.
         """
         facts = self._read_lead()
-        for source in self.sources[1:]:
-            self.table.apply(self._ask(source, source.read))
-        self.table.apply(facts)
+        others = [self._ask(source, source.read) for source in self.sources[1:]]
+        left = facts if self._brief is None else self._brief.take(facts, others)
+        for other in others:
+            self.table.apply(other)
+        self.table.apply(left)
         return facts
 
     # Sources that fail
@@ -430,7 +440,7 @@ class Pipeline:
         From now on show what `keep` keeps, and wait so long for names.
         """
         self._keep, self._name_wait_ns = keep, name_wait_ns
-        self._express = None
+        self._express = self._brief = None
 
     def announce(self, containers: list[tuple[Container, str]]) -> list[Event | Draft]:
         """

@@ -87,7 +87,7 @@ class Lines:
         if draft.missing or draft.inferred:
             missing, inferred, known = self._marks.get(draft.kind, _NO_MARKS)
             if draft.missing is not missing or draft.inferred is not inferred:
-                known = b"," + _encode(_Marks(draft.missing, draft.inferred))[1:-1]
+                known = encode_marks(draft.missing, draft.inferred)
                 self._marks[draft.kind] = draft.missing, draft.inferred, known
         # Half as dear as a format with %b.
         return b"".join(
@@ -142,6 +142,13 @@ class Lines:
         second = self._maker.clock.stamp(self.second_ns)[:20]
         self._heads[kind] = b'{"event":"%b","time":"%b' % (kind.event.encode(), second.encode())
         return self._heads[kind]
+
+
+def encode_marks(missing: dict[str, str], inferred: Sequence[str]) -> bytes:
+    """
+    The fields of a line that say what could not be had, and what was deduced.
+    """
+    return b"," + _encode(_Marks(missing, inferred))[1:-1]
 
 
 def encode(event: Event) -> bytes:

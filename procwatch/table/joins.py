@@ -33,7 +33,8 @@ class Joins:
 
     def __init__(self) -> None:
         self.disagreements = 0
-        self._opens: dict[int, list[Opened]] = {}
+        # By pid: opens that wait for their exec to be told.
+        self.opens: dict[int, list[Opened]] = {}
         self._threaded: set[int] = set()  # processes that have had threads: the end of the first is not theirs
         self._paths: dict[Identity, Opened] = {}
         self._shared: dict[tuple[object, ...], tuple[Details, Details]] = {}
@@ -42,11 +43,11 @@ class Joins:
         """
         Keep an open until its exec is told.
         """
-        opens = self._opens.get(fact.pid)
+        opens = self.opens.get(fact.pid)
         if opens is None:
-            if len(self._opens) >= MAX_OPENERS:
-                del self._opens[next(iter(self._opens))]
-            self._opens[fact.pid] = [fact]
+            if len(self.opens) >= MAX_OPENERS:
+                del self.opens[next(iter(self.opens))]
+            self.opens[fact.pid] = [fact]
         elif len(opens) < 4 * PENDING:
             opens.append(fact)
 
@@ -76,9 +77,9 @@ class Joins:
         for pid, told in last.items():
             final = self._final(told, accounts.get(pid) if pid in ended else None)
             count = several.get(pid, 1)
-            ran, rest = match(self._opens.pop(pid, ()), count, final=final, ended=pid in ended)
+            ran, rest = match(self.opens.pop(pid, ()), count, final=final, ended=pid in ended)
             if rest:
-                self._opens[pid] = rest
+                self.opens[pid] = rest
             if not ran:
                 ran = [Ran(certain=False) for _ in range(count)]
             if ran[-1].exe is None and final is not None:
@@ -93,13 +94,13 @@ class Joins:
         """
         Whether there is anything to match.
         """
-        return bool(self._opens)
+        return bool(self.opens)
 
     def forget(self, pid: int) -> None:
         """
         A process has ended: what it opened last was for nothing.
         """
-        self._opens.pop(pid, None)
+        self.opens.pop(pid, None)
         self._threaded.discard(pid)
 
     def _final(self, last: Exec, account: Accounted | None) -> Identity | None:
@@ -143,13 +144,24 @@ class Joins:
                 return details
             self.disagreements += 1
         # Thousands of children of one parent die unread in a storm: what is known of them is the same for all.
-        key = (id(details), exe.path, exe.inode, ran.script and ran.script.path, ran.certain, comm)
+        key = _key(details, exe, ran.script, ran.certain, comm)
         kept = self._shared.get(key)
         if kept is None or kept[0] is not details:
             if len(self._shared) >= MAX_SHARED:
                 self._shared.clear()
             kept = self._shared[key] = (details, named(details, exe, ran.script, ran.certain, comm))
         return kept[1]
+
+    def known(self, details: Details, exe: Opened, comm: str | None) -> Details | None:
+        """
+        What `add` gave for a file that certainly ran, and no script; None if it was not asked.
+        """
+        kept = self._shared.get(_key(details, exe, None, True, comm))
+        return None if kept is None or kept[0] is not details else kept[1]
+
+
+def _key(details: Details, exe: Opened, script: Opened | None, certain: bool, comm: str | None) -> tuple[object, ...]:
+    return id(details), exe.path, exe.deleted, exe.dev, exe.inode, exe.size, script and script.path, certain, comm
 
 
 def named(details: Details, exe: Opened, script: Opened | None, certain: bool, comm: str | None = None) -> Details:

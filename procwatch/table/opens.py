@@ -85,7 +85,7 @@ def match(
     Returns:
         One result for each exec, in order; and the opens that wait for the next call.
     """
-    if execs == 1 and final is not None and _is_usual(opens, final):
+    if execs == 1 and final is not None and is_usual(opens, final):
         return [Ran(opens[0])], []
     groups = split(opens)
     if not execs:
@@ -105,7 +105,7 @@ def match(
     return ran, [] if ended else _pending(rest)
 
 
-def _is_usual(opens: Sequence[Opened], final: Identity) -> bool:
+def is_usual(opens: Sequence[Opened], final: Identity) -> bool:
     """
     Whether these are a binary that is known to have run, and at most its loader: nearly all are.
     """

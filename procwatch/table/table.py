@@ -34,6 +34,7 @@ from procwatch.facts import (
     Accounted,
     Alive,
     Changed,
+    Decided,
     Details,
     Exec,
     ExecFailed,
@@ -117,7 +118,8 @@ class Table:
         self.joins = Joins()
         self._ran: dict[int, list[Ran]] = {}
         self._undecided = 0  # forks that hold back what came after them
-        self._accounts: dict[int, Accounted] = {}
+        # By pid: of ends that are not told yet.
+        self.accounts: dict[int, Accounted] = {}
         self._last_inferred: tuple[Sequence[str], Sequence[str]] = [], []
         self._last_missing: tuple[dict[str, str], dict[str, str], dict[str, str]] = {}, {}, {}
         self._doubtful: dict[int, int] = {}  # leader dead, other threads believed alive: pid -> when to look
@@ -133,6 +135,7 @@ class Table:
             Opened: self.joins.opened,
             Accounted: self._on_accounted,
             Lost: self._on_lost,
+            Decided: lambda fact: self._out.append(fact.event),
         }
 
     # What goes in and out
@@ -144,8 +147,8 @@ class Table:
         apply = self._apply
         if self._ran:
             self._ran = {}
-        if self._accounts or self.joins.waiting:
-            self._ran = self.joins.match(facts, self._accounts)
+        if self.accounts or self.joins.waiting:
+            self._ran = self.joins.match(facts, self.accounts)
         for fact in facts:
             apply[type(fact)](fact)
 
@@ -339,15 +342,16 @@ class Table:
         details = fact.details
         ran = self._ran.get(fact.pid)
         if details is None:
-            details = _unread(process.details if process is not None else _NOBODY)
+            details = unread(process.details if process is not None else _NOBODY)
         elif process is not None and not _same(process, details):
             if fact.read_ns > fact.time_ns:
-                details = _unread(process.details)  # the pid is another process's by now
+                details = unread(process.details)  # the pid is another process's by now
             else:
                 self._vanish(process, fact.time_ns)
                 process = None
         if process is None:
             process = self._found(fact, details)
+            details = process.details
         else:
             if details.start_ticks is not None and process.start_inferred:
                 self._set_start(process, details.start_ticks)
@@ -357,7 +361,7 @@ class Table:
                     details.missing = {name: why for name, why in details.missing.items() if name != "ppid"}
         if ran:
             # The account of the end names the last program that ran.
-            account = self._accounts.get(fact.pid) if len(ran) == 1 else None
+            account = self.accounts.get(fact.pid) if len(ran) == 1 else None
             details = self.joins.add(details, ran.pop(0), account.comm if account is not None else None)
         process.set_details(details)
         return process
@@ -508,9 +512,9 @@ class Table:
             self._vanish(process, fact.time_ns)
 
     def _on_accounted(self, fact: Accounted) -> None:
-        self._accounts[fact.pid] = fact
-        if len(self._accounts) > MAX_ACCOUNTS:
-            del self._accounts[next(iter(self._accounts))]
+        self.accounts[fact.pid] = fact
+        if len(self.accounts) > MAX_ACCOUNTS:
+            del self.accounts[next(iter(self.accounts))]
 
     def _on_lost(self, fact: Lost) -> None:
         detail = _DETAILS.get(fact.where)
@@ -557,10 +561,9 @@ class Table:
         return process
 
     def _unknown(self, pid: int, start: int | None, details: Details) -> Process:
-        process = make(pid, start or 0, process_id(self.boot, pid, start or 0), None, details)
         if start is None:
-            details.missing = {**details.missing, "id": LOST}
-        return process
+            details = changed(details, missing={**details.missing, "id": LOST})
+        return make(pid, start or 0, process_id(self.boot, pid, start or 0), None, details)
 
     def _hold(self, process: Process, time_ns: int) -> None:
         process.forked_ns = time_ns
@@ -613,7 +616,7 @@ class Table:
         if self._look is not None:
             self.joins.forget(pid)
         process.ended = True
-        if self._accounts and (account := self._accounts.pop(pid, None)) is not None:
+        if self.accounts and (account := self.accounts.pop(pid, None)) is not None:
             usage = usage or account.usage
             self._add_account(process, account)
         if not self._tells_exit or process.ppid == KTHREADD:
@@ -628,10 +631,10 @@ class Table:
             core = status & 0x80 != 0
         if usage is None:
             usage = _NO_USAGE
-            missing = {**missing, **_NO_ACCOUNT} if missing else _NO_ACCOUNT
+            missing = {**missing, **NO_ACCOUNT} if missing else NO_ACCOUNT
         user_ns, system_ns, max_rss = usage.cpu_user_ns, usage.cpu_system_ns, usage.max_rss_bytes
         if usage is not _NO_USAGE and (user_ns is None or system_ns is None or max_rss is None):
-            unknown = [name for name in _NO_ACCOUNT if getattr(usage, name) is None]
+            unknown = [name for name in NO_ACCOUNT if getattr(usage, name) is None]
             missing = {**(missing or {}), **dict.fromkeys(unknown, NOT_REPORTED)}
         born_ns = process.born_ns or process.start_ticks * NS_PER_TICK
         if not born_ns:
@@ -765,7 +768,7 @@ class Table:
         return Draft(kind, time_ns, who, details, known, inferred, tail, process)
 
 
-def _unread(before: Details) -> Details:
+def unread(before: Details) -> Details:
     """
     What is known after an exec that could not be read; made once for a parent that has many such children.
     """
@@ -787,7 +790,7 @@ def _same(process: Process, details: Details) -> bool:
 # Sources that only add to what others tell: what they lose is no event, but a field of one.
 _DETAILS = {"fanotify_queue": "open", "fanotify": "open", "taskstats_socket": "account", "taskstats": "account"}
 _NO_STATUS = dict.fromkeys(("code", "signal", "core_dumped"), NOT_REPORTED)
-_NO_ACCOUNT = dict.fromkeys(("cpu_user_ns", "cpu_system_ns", "max_rss_bytes"), NOT_REPORTED)
+NO_ACCOUNT = dict.fromkeys(("cpu_user_ns", "cpu_system_ns", "max_rss_bytes"), NOT_REPORTED)
 _CHANGES: dict[str, type[ProcessEvent]] = {
     "comm": events.Comm,
     "uid": events.Uid,

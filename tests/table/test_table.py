@@ -798,7 +798,7 @@ def test_accounts_and_opens_of_nobody_are_bounded_or_dropped():
     bench = Bench()
     for pid in range(40_000):
         bench.take(Accounted(at(1), 1000 + pid), Opened(at(1), 1000 + pid))
-    assert len(bench.table._accounts) <= 16_384
+    assert len(bench.table.accounts) <= 16_384
     assert len(bench.table.processes) == 1
 
 
