@@ -23,6 +23,7 @@ import resource
 import select
 import time
 from contextlib import suppress
+from collections.abc import Sequence
 from typing import ClassVar
 
 from procwatch.errors import DecodeError, SourceUnavailable
@@ -177,8 +178,9 @@ class Fanotify:
         return facts
 
     def _take(self, data: bytes, now: int, facts: list[Fact]) -> None:
+        events: Sequence[tuple[int, int, int]] | None
         try:
-            events = fanotify.decode(data)
+            events = fanotify.decode_usual(data) or fanotify.decode(data)
         except DecodeError:
             self._undecoded += 1
             return

@@ -43,6 +43,8 @@ NO_CPU = 0xFFFFFFFF
 # One read() hands over at most this many facts, so that a full 64 MiB buffer does not become one huge batch.
 BATCH = 8192
 SLOTS = 128  # taken by one system call
+# How long messages gather while some processes live long enough to be found after it.
+SOME_S = 0.01
 # Inode numbers of the initial namespaces (include/linux/proc_ns.h).
 _INITIAL = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC}
 
@@ -53,12 +55,12 @@ class ProcConnector:
 
     Args:
         buffer_bytes: Receive buffer. Beyond net.core.rmem_max only with CAP_NET_ADMIN, else as much as is allowed.
-        gather_s: How long to let messages gather when reading /proc promptly does not pay (see `delay_s`).
+        gather_s: How long to let messages gather, at most, when reading /proc promptly does not pay (see `delay_s`).
     """
 
     name: ClassVar[str] = "netlink"
 
-    def __init__(self, *, buffer_bytes: int = 64 << 20, gather_s: float = 0.01) -> None:
+    def __init__(self, *, buffer_bytes: int = 64 << 20, gather_s: float = 0.02) -> None:
         self._buffer_bytes = buffer_bytes
         self._gather_s = gather_s
         self._socket: socket.socket | None = None
@@ -190,7 +192,9 @@ class ProcConnector:
         """
         0 while /proc can still be read after an event; else the gathering time, because wake-ups are the cost.
         """
-        return self._gather_s if self._pace.too_short else 0.0
+        if not self._pace.too_short:
+            return 0.0
+        return self._gather_s if self._pace.hopeless else min(self._gather_s, SOME_S)
 
     def read(self) -> list[Fact]:
         """
@@ -363,6 +367,13 @@ class Pace:
             self._gathered += 1
             self._prompt = self._gathered % self.RETRY == 0
         return not self._prompt
+
+    @property
+    def hopeless(self) -> bool:
+        """
+        Whether as good as nobody lives long enough to be found.
+        """
+        return self._short > 0.98
 
     def learn(self, facts: list[Fact], now_ns: int) -> int:
         """

@@ -44,8 +44,7 @@ Make = Callable[[Options], Source]
 
 
 def _netlink(options: Options) -> Source:
-    gather_s = min(options.latency_s, 0.01)
-    return ProcConnector(buffer_bytes=options.buffer_bytes or 64 << 20, gather_s=gather_s)
+    return ProcConnector(buffer_bytes=options.buffer_bytes or 64 << 20, gather_s=options.latency_s)
 
 
 def _fanotify(options: Options) -> Source:

@@ -239,8 +239,7 @@ class Taskstats:
         """
         The fact for a process that is over.
         """
-        before = self._groups.pop(record.pid, None)
-        if before is not None:
+        if self._groups and (before := self._groups.pop(record.pid, None)) is not None:
             _add(record, before)
         # What ended before we listened is in the kernel's sum only.
         user = max(record.user_us, record.group_user_us) * 1000

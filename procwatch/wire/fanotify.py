@@ -17,6 +17,7 @@ FAN_OPEN_EXEC_PERM: Final = 0x00040000
 FAN_ALLOW: Final = 1
 
 _METADATA: Final = struct.Struct("=IBBHQii")
+_USUAL: Final = struct.Struct("=IBxHQii")
 _RESPONSE: Final = struct.Struct("=iI")
 EVENT_BYTES: Final = _METADATA.size
 
@@ -29,6 +30,20 @@ class Event(NamedTuple):
     mask: int
     fd: int
     pid: int
+
+
+def decode_usual(data: bytes) -> list[tuple[int, int, int]] | None:
+    """
+    The events of one read, as plain tuples at a third of the cost; None where one brings more than what is usual.
+    """
+    if len(data) % EVENT_BYTES:
+        return None
+    events = [
+        (mask, fd, pid)
+        for length, version, metadata, mask, fd, pid in _USUAL.iter_unpack(data)
+        if length == metadata == EVENT_BYTES and version == METADATA_VERSION
+    ]
+    return events if len(events) * EVENT_BYTES == len(data) else None
 
 
 def decode(data: bytes) -> list[Event]:

@@ -32,6 +32,15 @@ class TestDecode:
         """
         assert [Event(0x1000, 6, 12), Event(0x1000, 5, 4711)] == fanotify.decode(WITH_PIDFD + EXEC)
 
+    def test_the_quick_way_says_the_same_or_nothing(self) -> None:
+        """
+        Plain events are the same tuples; what has more in it, or is cut, is left to the other way.
+        """
+        assert fanotify.decode_usual(EXEC + OVERFLOW) == fanotify.decode(EXEC + OVERFLOW)
+        assert fanotify.decode_usual(WITH_PIDFD + EXEC) is None
+        assert fanotify.decode_usual(EXEC + EXEC[:8]) is None
+        assert fanotify.decode_usual(EXEC[:4] + b"\4" + EXEC[5:]) is None
+
     @pytest.mark.parametrize("cut", range(1, 24))
     def test_cut_event_is_refused(self, cut: int) -> None:
         """
