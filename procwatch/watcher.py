@@ -26,7 +26,7 @@ from procwatch.formats.native import Lines
 from procwatch.pipeline import Pipeline, Stats
 from procwatch.policy.filter import NAMES_WAIT_MS, Filter, Predicate, both
 from procwatch.sources import procfs, select
-from procwatch.sources.base import Source
+from procwatch.sources.base import Source, Ticking
 from procwatch.state import State, save
 from procwatch.table.draft import Draft, Maker
 from procwatch.table.process import Process
@@ -365,8 +365,9 @@ class Watcher:
             raise
         for source in selection.sources:
             self._listen(source, True)
-        if selection.sources[0].fileno() is None:
-            self._turn_later(selection.sources[0])
+        lead = selection.sources[0]
+        if lead.fileno() is None:
+            self._turn_later(lead, lead.quiet if isinstance(lead, Ticking) else None)
         if self._for_s is not None:
             self._timers["for"] = self._loop.call_later(self._for_s, self.stop)
         if self._pipeline.finished:  # what was alive was enough
@@ -489,14 +490,15 @@ class Watcher:
             with suppress(OSError):  # closed by somebody else: the pipeline finds that out
                 self._loop.add_reader(fd, self._readable, fd)
 
-    def _turn_later(self, source: Source) -> None:
+    def _turn_later(self, source: Source, quiet: Callable[[], bool] | None) -> None:
         assert self._loop is not None
-        self._timers["tick"] = self._loop.call_later(source.delay_s(), self._tick, source)
+        self._timers["tick"] = self._loop.call_later(source.delay_s(), self._tick, source, quiet)
 
-    def _tick(self, source: Source) -> None:
-        self._turn()
+    def _tick(self, source: Source, quiet: Callable[[], bool] | None) -> None:
+        if quiet is None or not quiet():
+            self._turn()
         if not self._stopped:
-            self._turn_later(source)
+            self._turn_later(source, quiet)
 
     def _turn(self) -> None:
         assert self._pipeline is not None

@@ -5,7 +5,7 @@ What a source is: one kernel mechanism, read by one class that knows nothing of 
 from __future__ import annotations
 
 import socket
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -84,4 +84,16 @@ class Source(Protocol):
     def close(self) -> None:
         """
         Stop listening and free everything; may be called twice.
+        """
+
+
+@runtime_checkable
+class Ticking(Protocol):
+    """
+    A source without a descriptor that can say cheaply that it has nothing.
+    """
+
+    def quiet(self) -> bool:
+        """
+        Whether `read()` would give nothing now.
         """

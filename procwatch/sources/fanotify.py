@@ -134,9 +134,9 @@ class Fanotify:
 
     def descriptors(self) -> list[int]:
         """
-        The group, and what wakes.
+        The group, what wakes, and where paths are read.
         """
-        return [] if self._group is None else [self._group, self._idle]
+        return [] if self._group is None else [self._group, self._idle, self._links]
 
     def delay_s(self) -> float:
         """

@@ -61,6 +61,7 @@ SWEEP_NS = _SECOND  # longest time between two looks at one process, and between
 SWEEP_NS_PER_PROCESS = 5 * _MS // 2  # ... at least so much for each process: 0.3 % of a core
 LISTING_NS_PER_PROCESS = _MS // 4
 AT_ONCE = 4  # descriptors that are open at once while we look at one process
+PATIENCE_NS = 100 * _MS  # how long looks at old processes may gather while nothing is born
 REAP_NS = 20 * _MS  # how long an exit may wait for the parent, that makes its status known
 RESERVED_PIDS = 300  # not given out again after the numbers wrapped (kernel/pid.c)
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC
@@ -206,6 +207,24 @@ class Scan:
         """
         calm = (self._looked_ns - self._born_ns) // CALM
         return max(FASTEST_NS, min(SLOWEST_NS, calm), self._cost_ns) / _SECOND
+
+    def quiet(self) -> bool:
+        """
+        Whether nothing was born and nothing ended since the last look, and nobody has waited long to be looked at: a
+        third of the cost of a look, on a host where nothing happens.
+        """
+        if self._epoll is None or self._absent or self._unlisted or self._unaccounted:
+            return False
+        now = _now()
+        if self._due and self._due[0][0] + PATIENCE_NS <= now:
+            return False
+        try:
+            if procfs.last_pid(self._loadavg) != self._last_pid or self._epoll.poll(0, 1):
+                return False
+        except (OSError, DecodeError):  # read() says so
+            return False
+        self._looked_ns = now
+        return True
 
     def read(self, *, final: bool = False) -> list[Fact]:
         """
