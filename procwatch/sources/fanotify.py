@@ -22,8 +22,8 @@ import os
 import resource
 import select
 import time
-from contextlib import suppress
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import ClassVar
 
 from procwatch.errors import DecodeError, SourceUnavailable

@@ -22,8 +22,8 @@ import select
 import socket
 import struct
 import time
-from contextlib import suppress
 from collections.abc import Callable
+from contextlib import suppress
 from operator import attrgetter
 from typing import ClassVar
 
