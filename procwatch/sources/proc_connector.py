@@ -396,8 +396,8 @@ class Pace:
                     if self._prompt:
                         took_ns = (begun.read_ns or now_ns) - begun.time_ns
                         reach_ns = min(max(took_ns, self.LEAST_NS), self.MOST_NS)
-                        self.reach_ns += (reach_ns - self.reach_ns) / 64
-                    self._short += ((fact.time_ns - begun.time_ns < self.reach_ns) - self._short) / 64
+                        self.reach_ns += (reach_ns - self.reach_ns) / 16
+                    self._short += ((fact.time_ns - begun.time_ns < self.reach_ns) - self._short) / 32
         if len(execs) > 4096:  # the living are of no interest for long
             execs.clear()
         return births
