@@ -8,15 +8,21 @@ When all that anybody wants is native JSON, a whole exec and its exit need no fa
 joined and no queue: the line is written from the record. Half of what an event costs is calling functions and making
 objects, and this does without both; it is the only reason for this module to be.
 
-What is plain: an exec that the kernel told whole, of a process that was not known, with a parent that is; an exit with
-a code, of a process whose exec was written. Whatever is out of the ordinary goes the general way, record by record and
-in its place. Both ways leave the same table and give the same lines, to the byte (tests/test_express.py).
+What is plain: an exec that the kernel told whole, of a process that was not known or has just been forked, with a
+parent that is; an exit with a code, of a process whose exec was written. Whatever is out of the ordinary goes the
+general way, record by record and in its place. Both ways leave the same table and give the same lines, to the byte
+(tests/test_express.py).
+
+Where forks are wanted, one waits here for its exec up to the next drain, and the lines behind it with it. If there is
+none by then, or anything odd comes meanwhile, the fork and they go to the table, which holds them as it holds all; and
+as long as it holds any, all goes the general way.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from operator import attrgetter
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from msgspec import Struct
@@ -24,13 +30,14 @@ from msgspec.json import Encoder
 
 from procwatch.errors import DecodeError
 from procwatch.events import Event, Exec, Exit, Parent
-from procwatch.facts import Details, Fact, Lost
+from procwatch.facts import Decided, Details, Fact, Fork, Lost
 from procwatch.formats.native import Lines
 from procwatch.table.draft import Draft, Maker, Who
 from procwatch.table.identity import NS_PER_TICK
 from procwatch.table.process import MAX_DEPTH, Process
 from procwatch.table.table import KTHREADD, Table
 from procwatch.wire.bpf_event import (
+    BUSY,
     EXEC,
     EXEC_RECORD,
     EXEC_SIZE,
@@ -38,6 +45,9 @@ from procwatch.wire.bpf_event import (
     EXIT_RECORD,
     EXIT_SIZE,
     FIRST,
+    FORK,
+    FORK_SIZE,
+    HEAD_RECORD,
     NO_MM,
     PAGESIZE,
     RING_HEADER,
@@ -58,9 +68,11 @@ _EXIT_NO_RSS = _EXIT.replace(b"{}", b'{"max_rss_bytes":"not_reported"}').replace
 _OWN = b'%d-%d","pid":%d'
 _EXIT_0 = _EXIT.replace(b'"code":%d', b'"code":0').replace(b'system_ns":%d', b'system_ns":0')
 _EXIT_0_NO_RSS = _EXIT_NO_RSS.replace(b'"code":%d', b'"code":0').replace(b'system_ns":%d', b'system_ns":0')
+_FORK_STEP = RING_HEADER + (FORK_SIZE + 7 & ~7)
 _EXIT_STEP = RING_HEADER + (EXIT_SIZE + 7 & ~7)
 PIECES = 8  # of a line
 _NO_LINE = (b"",) * PIECES
+_BY_TIME = attrgetter("time_ns")
 _SECOND_NS = 1_000_000_000
 _NEVER_NS = -1 << 62
 
@@ -100,6 +112,11 @@ class Records(Protocol):
         Give all records to `walk`; what was lost.
         """
 
+    def read(self) -> list[Fact]:
+        """
+        The same as facts.
+        """
+
     def took(self, facts: int) -> None:
         """
         Count them.
@@ -129,10 +146,10 @@ class Common(Struct, gc=False):
         return b'%b,"ns_pid":%d%b' % (self.parent_text, ns_pid, self.where)
 
 
-# A process that was born, or at least executed something, in this very drain: when it was born (ns), the four pieces of
-# its lines that say who and what it is, what of it is common, its arguments, and its pid in its own namespace.
-# Most end before they must be made a process of the table.
-Life = tuple[int, bytes, bytes, bytes, bytes, Common, bytes, int]
+# A process that was born, or at least executed something, in this very drain: its start and its birth (ns; the fork
+# comes a little later), the four pieces of its lines that say who and what it is, what of it is common, its arguments,
+# and its pid in its own namespace. Most end before they must be made a process of the table.
+Life = tuple[int, int, bytes, bytes, bytes, bytes, Common, bytes, int]
 
 
 class Express:
@@ -141,26 +158,39 @@ class Express:
 
     Args:
         source: Whose records.
-        table: The table that they are for. It must be asked for execs, and not for forks, nor for `ancestors`.
+        table: The table that they are for. It must be asked for execs, and not for `ancestors`.
         maker: Whose names and host the lines show.
         lines: Writes the other drafts, too.
         tells_exit: Whether exits are wanted.
+        tells_fork: Whether forks are wanted, and every one is among the records.
     """
 
-    def __init__(self, source: Records, table: Table, maker: Maker, lines: Lines, *, tells_exit: bool) -> None:
+    def __init__(
+        self,
+        source: Records,
+        table: Table,
+        maker: Maker,
+        lines: Lines,
+        *,
+        tells_exit: bool,
+        tells_fork: bool = False,
+    ) -> None:
         self._source = source
         self._table = table
         self._maker = maker
         self._lines = lines
         self._tells_exit = tells_exit
+        self._tells_fork = tells_fork
         self._boot = table.boot.encode()
         self._fresh: dict[int, Life] = {}
-        # Of one drain, fact by fact: when, the pieces of its line, or what became of it if it is not plain.
+        self._forks: dict[int, Fork] = {}  # that wait for their exec, by pid
+        self._interrupted = False  # something odd came while forks were waiting
+        # What is not given out yet, fact by fact: when, the pieces of its line, or what became of it if not plain.
         self._times: list[int] = []
         self._pieces: list[bytes] = []
         self._odd: dict[int, list[Event | Draft]] = {}
-        self._late = False
-        self._exits = 0
+        self._late = False  # each CPU writes for itself, so some records of different processes overtake others
+        self._records = 0
         self.until_ns: int | None = None  # of the last fact; None: there was none
 
     def take(self) -> list[Event | Draft]:
@@ -168,46 +198,100 @@ class Express:
         What is decided, in the order of the kernel's time.
         """
         out = self._table.flush_drafts(0)
-        lost = self._source.drain(self._walk)
-        times, odd = self._times, self._odd
-        self._source.took(len(times) + (lost is not None))
         self.until_ns = None
-        if times:
-            order: Sequence[int] = range(len(times))
-            if self._late:  # each CPU writes for itself, so some records of different processes overtake others
-                order = sorted(order, key=times.__getitem__)
-            self.until_ns = times[order[-1]]
-            if odd:
-                run: list[int] = []
-                for at in order:
-                    if at not in odd:
-                        run.append(at)
-                        continue
-                    if run:
-                        out.append(self._written(run))
-                        run = []
-                    out += odd[at]
-                order = run
-            if order:
-                out.append(self._written(order))
-            times.clear()
-            self._pieces.clear()
-            odd.clear()
-            self._late, self._exits = False, 0
+        if self._table.holds:
+            return out + self._by_table()
+        waiting = set(self._forks)
+        self._records = 0
+        lost = self._source.drain(self._walk)
+        if self._records or self._interrupted or self._forks:
+            self._source.took(self._records)
+            if self._forks and (self._interrupted or not waiting.isdisjoint(self._forks)):
+                self.finish()
+                out += self._table.flush_drafts(0)
+            else:
+                self._tell(self._before(self._forks), out)
+        if self._interrupted:
+            self._interrupted = False
+            out += self._by_table()
         if lost is not None:
             self.until_ns = lost.time_ns
             self._table.apply((lost,))
             out += self._table.flush_drafts(0)
         return out
 
+    def finish(self) -> None:
+        """
+        Leave all that waits here to the table.
+        """
+        forks = sorted(self._forks.values(), key=_BY_TIME)
+        for fork in (*forks, None):
+            told: list[Event | Draft] = []
+            self._tell(self._before([fork.pid] if fork is not None else ()), told)
+            self._table.apply([Decided(0, 0, item) for item in told])
+            if fork is not None:
+                self._table.apply((fork,))
+                del self._forks[fork.pid]
+
+    def _by_table(self) -> list[Event | Draft]:
+        facts = self._source.read()
+        if facts:
+            self.until_ns = facts[-1].time_ns
+        self._table.apply(facts)
+        return self._table.flush_drafts(0)
+
+    def _before(self, pids: Collection[int]) -> Sequence[int]:
+        """
+        The places of what is older than the forks of these processes, in order.
+        """
+        times = self._times
+        order: Sequence[int] = range(len(times))
+        if self._late:
+            order = sorted(order, key=times.__getitem__)
+        if not pids:
+            return order
+        first_ns = min(self._forks[pid].time_ns for pid in pids)
+        return [at for at in order if times[at] < first_ns]
+
+    def _tell(self, order: Sequence[int], out: list[Event | Draft]) -> None:
+        """
+        Give out what is at these places, and forget it.
+        """
+        if not order:
+            return
+        odd = self._odd
+        if odd:
+            run: list[int] = []
+            for at in order:
+                if at not in odd:
+                    run.append(at)
+                    continue
+                if run:
+                    out.append(self._written(run))
+                    run = []
+                out += odd[at]
+            if run:
+                out.append(self._written(run))
+        else:
+            out.append(self._written(order))
+        left: list[int] = []
+        if len(order) < len(self._times):
+            told = set(order)
+            left = [at for at in range(len(self._times)) if at not in told]
+        self._pieces = [piece for at in left for piece in self._pieces[PIECES * at : PIECES * at + PIECES]]
+        self._odd = {new: odd[at] for new, at in enumerate(left) if at in odd}
+        self._times = [self._times[at] for at in left]
+        self._late = self._late and bool(left)
+
     def _written(self, run: Sequence[int]) -> Written:
         """
         The lines of these facts, as one.
         """
-        pieces, exits = self._pieces, self._exits
-        if self._odd or self._late:
+        pieces = self._pieces
+        if self._late or len(run) < len(self._times):
             pieces = [piece for at in run for piece in pieces[PIECES * at : PIECES * at + PIECES]]
-            exits = sum(head.startswith(b'{"event":"exit"') for head in pieces[::PIECES])
+        heads = pieces[::PIECES]
+        exits = sum(heads.count(head) for head in set(heads) if head.startswith(b'{"event":"exit"'))
         since, until = (self._maker.clock.stamp(self._times[at]) for at in (run[0], run[-1]))
         data, execs = b"".join(pieces), len(run) - exits
         return Written(time=since, host=self._maker.host, data=data, execs=execs, exits=exits, until=until)
@@ -218,17 +302,20 @@ class Express:
         """
         decoder, table, lines, tells_exit = self._source.decoder, self._table, self._lines, self._tells_exit
         unpack_exec, unpack_exit, peaks = EXEC_RECORD.unpack_from, EXIT_RECORD.unpack_from, decoder.peaks
-        processes, fresh = table.processes, self._fresh
+        unpack_head, tells_fork = HEAD_RECORD.unpack_from, self._tells_fork
+        processes, fresh, forks = table.processes, self._fresh, self._forks
         timed, put = self._times.append, self._pieces.extend
         generation, second_ns = self._maker.names.generation, _NEVER_NS
         host = lines.host + b'"id":"' + self._boot + b"-"
         last = key_before = before_argv = argv = after_argv = text = b""
         common: Common | None = None
         raw_before: bytes | None = None
-        ppid_before, exits = -1, 0
+        ppid_before, known = -1, len(self._times)
         before = self._times[-1] if self._times else 0
         heads = {EXEC: b"", EXIT: b""}
 
+        if self._interrupted:
+            return at
         try:
             for _ in range(most):
                 if at >= end:
@@ -241,11 +328,15 @@ class Express:
                      utime, stime, runtime, peak, group_peak, status, _) = unpack_exit(data, at)
                     # fmt: on
                     # A record that is busy or discarded has a bit set in its length.
-                    if length == EXIT_SIZE and not status & ~0xFF00:
+                    if (
+                        length == EXIT_SIZE
+                        and not status & ~0xFF00
+                        and not (forks and any(fork.ppid == pid for fork in forks.values()))
+                    ):
                         life = fresh.pop(pid, None)
                         if life is not None:
-                            born, own, before_argv, argv, after_argv, _, _, _ = life
-                            if born != start:
+                            first, born, own, before_argv, argv, after_argv, _, _, _ = life
+                            if first != start:
                                 fresh[pid], own = life, None
                         else:
                             process = processes.get(pid)
@@ -269,7 +360,6 @@ class Express:
                                 peak = (decoder.late_peak(pid, group_peak) or 0) // PAGESIZE
                             if not tells_exit:
                                 continue
-                            exits += 1
                             if stime or status:
                                 user, system = cpu_times(utime, stime, runtime)
                                 used = (status >> 8, time - born, user, system)
@@ -293,6 +383,10 @@ class Express:
                         and not argv_before
                         and pid not in fresh
                         and pid not in processes
+                        and (
+                            (fork := forks.get(pid)) is None
+                            or (fork.start_ticks == start // NS_PER_TICK and fork.ppid == ppid)
+                        )
                     ):
                         key, raw = data[key_at:argv_at], data[argv_at:argv_end]
                         if ppid != ppid_before or key != key_before:
@@ -309,18 +403,46 @@ class Express:
                                 text, raw_before = _encode(words), raw
                         if common is not None:
                             at = argv_end + 7 & ~7
-                            own = _OWN % (pid, start // NS_PER_TICK, pid)
+                            own, born = _OWN % (pid, start // NS_PER_TICK, pid), start
                             before_argv, argv, after_argv = common.before, text, common.after
-                            last = _FORKED if flags else _EXEC
+                            last = _FORKED if flags and not tells_fork else _EXEC
+                            if fork is not None:
+                                del forks[pid]
+                                last, born = _FORKED, fork.time_ns
                             if ns_pid != pid:
                                 after_argv = common.with_ns_pid(ns_pid)
-                            fresh[pid] = (start, own, before_argv, argv, after_argv, common, raw, ns_pid)
+                            fresh[pid] = (start, born, own, before_argv, argv, after_argv, common, raw, ns_pid)
                             if peaks is not None:
                                 peaks[pid] = peak
 
+                elif kind == FORK and tells_fork:
+                    length, pid, time, ticks, ppid, size = unpack_head(data, at)
+                    if (
+                        length == FORK_SIZE
+                        and not size  # in the cgroup of its parent
+                        and pid not in forks
+                        and pid not in fresh
+                        and pid not in processes
+                        and (ppid in processes or ppid in fresh)
+                        and ppid != KTHREADD
+                    ):
+                        if ppid in fresh:
+                            self._enter(ppid, fresh.pop(ppid))
+                        forks[pid] = Fork(time, pid, ppid, ticks)
+                        self._records += 1
+                        self.until_ns = time
+                        at += _FORK_STEP
+                        continue
+
                 if own is None:
-                    begin, at = at, self._general(data, at, end)
-                    if at == begin:
+                    if data[at + 3] >= BUSY >> 24:
+                        break
+                    if forks:  # it may be about one of them
+                        self._interrupted = True
+                        break
+                    at = self._general(data, at, end)
+                    if table.holds:
+                        self._interrupted = True
                         break
                     ppid_before, second_ns, before = -1, _NEVER_NS, self._times[-1] if self._times else 0
                     continue
@@ -340,8 +462,10 @@ class Express:
         except (struct.error, IndexError):
             raise DecodeError("the last record is cut") from None
         finally:
-            self._exits += exits
             self._settle()
+            self._records += len(self._times) - known
+            if len(self._times) > known:
+                self.until_ns = max(self._times[-1], self.until_ns or 0)
         if at > end:
             raise DecodeError("the padding of the last record is cut")
         return at
@@ -395,7 +519,7 @@ class Express:
         self._fresh.clear()
 
     def _enter(self, pid: int, life: Life) -> None:
-        start, own, before_argv, argv_text, after_argv, common, raw, inner_pid = life
+        start, born, own, before_argv, argv_text, after_argv, common, raw, inner_pid = life
         ticks = start // NS_PER_TICK
         ns_pid = inner_pid if inner_pid != pid else None
         name = f"{self._table.boot}-{pid}-{ticks}"
@@ -404,5 +528,5 @@ class Express:
         text = b'"id":"%b-%b%b' % (self._boot, own, mine)
         who = Who(name, pid, common.ppid, argv, False, common.view, ns_pid, None, text, own, mine)
         self._table.processes[pid] = Process(
-            pid, ticks, name, common.parent, common.details, common.ppid, argv, False, ns_pid, common.depth, start, who
+            pid, ticks, name, common.parent, common.details, common.ppid, argv, False, ns_pid, common.depth, born, who
         )

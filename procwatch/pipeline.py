@@ -216,6 +216,7 @@ class Pipeline:
         self._held: deque[tuple[int, Event | Draft]] = deque()
         self._kinds = frozenset(kinds)
         self._ancestors = ancestors
+        self._hold_ns = hold_ns
         self._express: Express | None = None
         self._brief: Brief | None = None
         self.finished = False
@@ -267,15 +268,23 @@ class Pipeline:
             and not (self._ancestors or self._name_wait_ns or self._hash_wait_ns or self._held)
             and all(wish is None for wish in odd)
         )
-        self._express = self._brief = None
+        self._general()
         if not possible or lines is None:
             return
         names = [source.name for source in self.sources]
         if names in (["netlink"], ["netlink", "fanotify", "taskstats"]):
             tells_exit, accounts = "exit" in self._kinds, len(names) > 1
             self._brief = Brief(self.table, self.maker, lines, accounts=accounts, tells_exit=tells_exit)
-        if isinstance(ebpf, Records) and "fork" not in self._kinds:
-            self._express = Express(ebpf, self.table, self.maker, lines, tells_exit="exit" in self._kinds)
+        tells_fork = "fork" in self._kinds
+        if isinstance(ebpf, Records) and (self._hold_ns >= HOLD_NS or not tells_fork):
+            self._express = Express(
+                ebpf, self.table, self.maker, lines, tells_exit="exit" in self._kinds, tells_fork=tells_fork
+            )
+
+    def _general(self) -> None:
+        if self._express is not None:
+            self._express.finish()
+        self._express = self._brief = None
 
     def turn(self) -> list[Event | Draft]:
         """
@@ -297,6 +306,8 @@ class Pipeline:
                 self._resync_ns = min(self._resync_ns, max(now, self._resynced_ns + RESYNC_EVERY_NS))
         if now >= self._resync_ns:
             self._resync_ns, self._resynced_ns = NEVER_NS, now
+            if self._express is not None:
+                self._express.finish()
             self._put_right(now)
         drafts = self.table.flush_drafts(now)
         return self._show(written + drafts if written else drafts, now)
@@ -418,6 +429,8 @@ class Pipeline:
         last = self.turn()
         while self._read_until_ns <= until and not self.finished:
             last += self.turn()
+        if self._express is not None:
+            self._express.finish()
         last += self._show(self.table.drain_drafts(), NEVER_NS)
         usage = resource.getrusage(resource.RUSAGE_SELF)
         now = self.clock.now_ns()
@@ -440,7 +453,7 @@ class Pipeline:
         From now on show what `keep` keeps, and wait so long for names.
         """
         self._keep, self._name_wait_ns = keep, name_wait_ns
-        self._express = self._brief = None
+        self._general()
 
     def announce(self, containers: list[tuple[Container, str]]) -> list[Event | Draft]:
         """

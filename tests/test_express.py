@@ -29,6 +29,7 @@ from procwatch.wire.bpf_event import Decoder
 CAPTURE = (Path(__file__).parent / "captures" / "bpf_ring-6.18.bin").read_bytes()
 TICK = 10_000_000
 PIDS = range(10, 15)
+WITH_FORKS = ("exec", "exit", "fork")
 # Two processes are there from the start: an ordinary one, and one whose name is not UTF-8.
 SHELL, ODD = 5, 6
 EXEC, FORK, EXIT, FAILED = 1, 2, 3, 5
@@ -56,12 +57,16 @@ often = st.integers(0, 9).map(lambda number: number < 8)
 
 @st.composite
 def one_record(
-    draw: st.DrawFn, time_ns: int, pids: Sequence[int] = PIDS, ppids: Sequence[int] = (ODD, 99, 2, *PIDS)
+    draw: st.DrawFn,
+    time_ns: int,
+    kinds: Sequence[int],
+    pids: Sequence[int] = PIDS,
+    ppids: Sequence[int] = (ODD, 99, 2, *PIDS),
 ) -> bytes:
     """
     Any record, ordinary ones more often.
     """
-    kind = draw(st.sampled_from([EXEC] * 4 + [EXIT] * 4 + [FORK, FAILED]))
+    kind = draw(st.sampled_from(kinds)) if draw(often) else FAILED
     pid = draw(st.sampled_from(pids))
     start_ns = TICK * (pid if draw(often) else draw(st.integers(1, 3)))
     ppid = SHELL if draw(often) else draw(st.sampled_from(ppids))
@@ -88,9 +93,9 @@ def one_record(
 
 
 @st.composite
-def rings(draw: st.DrawFn) -> list[bytes]:
+def rings(draw: st.DrawFn, late: bool = True, kinds: Sequence[int] = (EXEC, EXIT, EXEC, EXIT, FORK)) -> list[bytes]:
     """
-    The bytes of a few drains, with records a little out of order, across the turn of a second.
+    The bytes of a few drains, with records a little out of order if `late`, across the turn of a second.
     """
     drains = []
     time_ns = 999_999_000
@@ -98,10 +103,12 @@ def rings(draw: st.DrawFn) -> list[bytes]:
         records = []
         for number in range(draw(st.integers(0, 12))):
             time_ns += draw(st.integers(1, 400))
-            records.append(draw(one_record(time_ns)))
-            if draw(st.integers(0, 3)) == 0:
+            records.append(draw(one_record(time_ns, kinds)))
+            if late and draw(st.integers(0, 3)) == 0:
                 # Another CPU was quicker to stamp and slower to write; what concerns one process is always in order.
-                records.append(draw(one_record(time_ns - 300, pids=[1000 + 100 * drain + number], ppids=[SHELL])))
+                records.append(
+                    draw(one_record(time_ns - 300, kinds, pids=[1000 + 100 * drain + number], ppids=[SHELL]))
+                )
         drains.append(b"".join(records) + (b"" if draw(often) else draw(st.binary(max_size=200))))
     return drains
 
@@ -123,6 +130,7 @@ class Ring:
         with suppress(DecodeError):
             while begin < at < len(self.data):
                 begin, at = at, walk(self.data, at, len(self.data), 5)
+                self.data, at, begin = self.data[at:], 0, -1 if at != begin else 0
         return None
 
     def took(self, facts: int) -> None:
@@ -155,10 +163,10 @@ class Way:
         ]
         self.table.snapshot(known, 1, tell=False)
         self.ring = Ring()
-        tells_exit = "exit" in kinds
-        self.express = (
-            Express(self.ring, self.table, self.maker, self.lines, tells_exit=tells_exit) if express else None
-        )
+        self.express: Express | None = None
+        if express:
+            wanted = {"tells_exit": "exit" in kinds, "tells_fork": "fork" in kinds}
+            self.express = Express(self.ring, self.table, self.maker, self.lines, **wanted)
         self.short = 0
 
     def drafts(self) -> list[Event | Draft]:
@@ -175,9 +183,14 @@ class Way:
         The lines.
         """
         out = bytearray()
-        for data in drains:
-            self.ring.data = data
-            for item in self.drafts():
+        for data in [*drains, None]:
+            self.ring.data = data or b""
+            items = self.drafts()
+            if data is None:
+                if self.express is not None:
+                    self.express.finish()
+                items += self.table.drain_drafts()
+            for item in items:
                 if isinstance(item, Written):
                     assert item.data.count(b"\n") == item.count
                     assert item.data.count(b'{"event":"exit"') == item.exits
@@ -209,6 +222,64 @@ def test_both_ways_give_the_same(drains: list[bytes], kinds: tuple[str, ...]):
     Whatever comes, in whatever order.
     """
     general, short = Way(kinds, express=False), Way(kinds, express=True)
+
+    assert short.write(drains) == general.write(drains)
+    assert short.state() == general.state()
+
+
+@given(rings(late=False, kinds=(FORK, FORK, EXEC, EXEC, EXIT)))
+@settings(max_examples=200, deadline=None)
+def test_both_ways_give_the_same_with_forks(drains: list[bytes]):
+    """
+    A fork that waits for its exec holds back what comes after it; whether that comes in the same drain, or never.
+    """
+    general, short = Way(WITH_FORKS, express=False), Way(WITH_FORKS, express=True)
+
+    assert short.write(drains) == general.write(drains)
+    assert short.state() == general.state()
+
+
+@st.composite
+def storms(draw: st.DrawFn) -> list[bytes]:
+    """
+    Children of one shell, some side by side: forks, execs and exits, in drains that end anywhere.
+    """
+    records = []
+    time_ns = 10_000
+    lives: list[list[int]] = []
+    for pid in range(1000, 1000 + draw(st.integers(3, 10))):
+        lives.append([pid, draw(st.sampled_from([0, 0, 0, 0, 1, 2]))])
+    alive: list[list[int]] = []
+    while lives or alive:
+        if lives and (not alive or draw(st.integers(0, 2)) == 0):
+            alive.append([*lives.pop(0), 0])
+        time_ns += draw(st.integers(1, 400))
+        life = draw(st.sampled_from(alive))
+        pid, kind, step = life
+        # 0: it executes something; 1: it never does; 2: it is in another cgroup.
+        if step == 0:
+            records.append(record(FORK, pid, time_ns, pid, SHELL, 2 * (kind == 2), b"a\0"[: 2 * (kind == 2)]))
+        elif step == 1 and kind != 1:
+            common = shared(b"x", b"x", 0)
+            own = struct.pack("<QIIII", 10, pid, 2, 0, len(common)) + common + b"x\0"
+            records.append(record(EXEC, pid, time_ns, TICK * pid, SHELL, 4, own))
+        else:
+            usage = struct.pack("<QQQQQII16s", 0, 0, 5, 7, 0, 0, 0, b"x")
+            records.append(record(EXIT, pid, time_ns, TICK * pid, SHELL, 0, usage))
+            alive.remove(life)
+        life[2] += 1
+    cuts = sorted(draw(st.lists(st.integers(0, len(records)), max_size=4)))
+    return [b"".join(records[a:b]) for a, b in zip([0, *cuts], [*cuts, len(records)], strict=True)]
+
+
+@given(storms())
+@settings(max_examples=200, deadline=None)
+def test_storms_with_forks(drains: list[bytes]):
+    """
+    A drain that ends between a fork and its exec costs no line, and no order.
+    """
+    general, short = Way(WITH_FORKS, express=False), Way(WITH_FORKS, express=True)
+    drains = [drain for drain in drains if drain]
 
     assert short.write(drains) == general.write(drains)
     assert short.state() == general.state()

@@ -188,6 +188,13 @@ class Table:
             out.popleft()
         return ready
 
+    @property
+    def holds(self) -> bool:
+        """
+        Whether a fork holds back what came after it.
+        """
+        return self._undecided > 0
+
     def deadline_ns(self) -> int | None:
         """
         When `flush()` will have something though no fact comes, or None.

@@ -40,14 +40,15 @@ ARGV_CUT, ARGV_FAULT, FIRST, NO_MM = (1 << bit for bit in range(4))
 
 # Each is the whole of a record's own part: one unpack, for that is what costs. Ring header: length, (page offset).
 # Common head: (kind), pid, time, start, ppid, flags or bytes that follow.
-_HEAD = struct.Struct("<I4x4xIQQII")
-_AFTER_HEAD = _HEAD.size
+HEAD_RECORD = struct.Struct("<I4x4xIQQII")
+_AFTER_HEAD = HEAD_RECORD.size
+FORK_SIZE = _AFTER_HEAD - RING_HEADER  # of one in its parent's cgroup
 # maxrss, ns_pid, argv here, argv before, bytes of what is shared
-EXEC_RECORD = struct.Struct(_HEAD.format + "QIIII")
+EXEC_RECORD = struct.Struct(HEAD_RECORD.format + "QIIII")
 # utime, stime, runtime, rss, maxrss; status; comm
-EXIT_RECORD = struct.Struct(_HEAD.format + "QQQQQI4x16s")
+EXIT_RECORD = struct.Struct(HEAD_RECORD.format + "QQQQQI4x16s")
 EXEC_SIZE, EXIT_SIZE = EXEC_RECORD.size, EXIT_RECORD.size - RING_HEADER
-_FAILED = struct.Struct(_HEAD.format + "I4x")
+_FAILED = struct.Struct(HEAD_RECORD.format + "I4x")
 # inode, size, dev; uid gid euid egid auid session tty flags; namespaces; comm; lengths of exe, cwd, cgroup, file
 _SHARED = struct.Struct("<QQQ8I32s16s4H")
 _NAMESPACES = struct.Struct("<8I")
@@ -162,7 +163,7 @@ class Decoder:
                 if state & (_BUSY_BYTE | _DISCARD_BYTE):
                     if state & _BUSY_BYTE:
                         break
-                    length = _HEAD.unpack_from(data, at)[0] & ~DISCARD
+                    length = HEAD_RECORD.unpack_from(data, at)[0] & ~DISCARD
                 elif kind == EXIT:
                     # fmt: off
                     (length, pid, time, start, ppid, flags,
@@ -228,14 +229,14 @@ class Decoder:
         return argv, flags & (ARGV_CUT | ARGV_FAULT) != 0, None
 
     def _fork(self, data: Bytes, at: int, end: int, facts: list[Fact]) -> int:
-        length, pid, time, start, ppid, size = _HEAD.unpack_from(data, at)
+        length, pid, time, start, ppid, size = HEAD_RECORD.unpack_from(data, at)
         cgroup_at = at + _AFTER_HEAD
         _check(cgroup_at + size, at, length, end)
         facts.append(Fork(time, pid, ppid, start, path(data[cgroup_at : cgroup_at + size]) if size else None))
         return length  # type: ignore[no-any-return]
 
     def _argv(self, data: Bytes, at: int, end: int) -> int:
-        length, pid, _, _, _, size = _HEAD.unpack_from(data, at)
+        length, pid, _, _, _, size = HEAD_RECORD.unpack_from(data, at)
         argv_at = at + _AFTER_HEAD
         _check(argv_at + size, at, length, end)
         if pid not in self._parts and len(self._parts) >= _PARTS:
