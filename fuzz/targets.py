@@ -21,6 +21,7 @@ from procwatch.formats import console, ecs, logfmt, native, otel
 from procwatch.policy.filter import Filter
 from procwatch.table.draft import Draft, Maker, Who
 from procwatch.wire import bpf_event, cn_proc, elf, execve, fanotify, mountinfo, procfs, taskstats
+from tests.test_express import ORDINARY, Way
 
 Target = Callable[[bytes], None]
 _MACHINES = ("x86_64", "aarch64", "vax")
@@ -38,6 +39,15 @@ def ring(data: bytes) -> None:
         with suppress(DecodeError):
             stop = decoder.decode(data, 0, len(data), facts)
             assert 0 <= stop <= len(data)
+
+
+def short_way(data: bytes) -> None:
+    """
+    The same records, written as lines without facts; what is drained in one go, and once more when all is known.
+    """
+    way = Way(("exec", "exit"), express=True)
+    for line in way.write([data, data]).splitlines():
+        assert json.loads(line)["event"] in ("exec", "exit")
 
 
 def connector(data: bytes) -> None:
@@ -183,7 +193,8 @@ def _call(number: int) -> bytes:
 TARGETS: dict[str, Target] = {
     target.__name__: target
     for target in (
-        *(ring, connector, opens, accounts, executables, calls, mounts, proc, cgroups, settings, lines, filters),
+        *(ring, short_way, connector, opens, accounts, executables, calls),
+        *(mounts, proc, cgroups, settings, lines, filters),
     )
 }
 
@@ -195,6 +206,7 @@ def seeds(name: str) -> list[bytes]:
     captures = Path(__file__).parent.parent / "tests/captures"
     found = {
         "ring": lambda: [(captures / "bpf_ring-6.18.bin").read_bytes()[:4096]],
+        "short_way": lambda: [b"".join(ORDINARY), (captures / "bpf_ring-6.18.bin").read_bytes()[:4096]],
         "connector": lambda: [
             bytes.fromhex(line) for line in (captures / "cn_proc.txt").read_text().split() if len(line) > 80
         ],

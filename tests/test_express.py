@@ -52,6 +52,26 @@ def shared(exe: bytes, comm: bytes, flags: int) -> bytes:
     return head + b"".join(names)
 
 
+def ordinary() -> tuple[bytes, bytes]:
+    """
+    Two drains: an exec and its exit, then two of the same kind, of which one has an odd parent.
+    """
+    common = shared(b"x", b"x", 0)
+    own = struct.pack("<QIIII", 10, 10, 2, 0, len(common)) + common + b"x\0"
+    usage = struct.pack("<QQQQQII16s", 0, 0, 5, 7, 0, 0, 0, b"x")
+    first = record(EXEC, 12, 50, 40, SHELL, 4, own) + record(EXIT, 12, 60, 40, SHELL, 0, usage)
+    ring = b"".join(
+        [
+            record(EXEC, 10, 100, 50, SHELL, 4, own),
+            record(EXEC, 11, 200, 60, ODD, 4, own),
+            record(EXIT, 11, 300, 60, ODD, 0, usage),
+            record(EXIT, 10, 400, 50, SHELL, 0, usage),
+        ]
+    )
+    return first, ring
+
+
+ORDINARY = ordinary()
 often = st.integers(0, 9).map(lambda number: number < 8)
 
 
@@ -298,20 +318,7 @@ def test_the_ordinary_goes_the_short_way():
     """
     An exec of a new process and its end, whoever else did something odd in between; but for the first of a kind.
     """
-    common = shared(b"x", b"x", 0)
-    own = struct.pack("<QIIII", 10, 10, 2, 0, len(common)) + common + b"x\0"
-    usage = struct.pack("<QQQQQII16s", 0, 0, 5, 7, 0, 0, 0, b"x")
-    first = record(EXEC, 12, 50, 40, SHELL, 4, own) + record(EXIT, 12, 60, 40, SHELL, 0, usage)
-    ring = b"".join(
-        [
-            record(EXEC, 10, 100, 50, SHELL, 4, own),
-            record(EXEC, 11, 200, 60, ODD, 4, own),
-            record(EXIT, 11, 300, 60, ODD, 0, usage),
-            record(EXIT, 10, 400, 50, SHELL, 0, usage),
-        ]
-    )
     short = Way(("exec", "exit"), express=True)
 
-    drains = [first, ring]
-    assert short.write(drains) == Way(("exec", "exit"), express=False).write(drains)
+    assert short.write(ORDINARY) == Way(("exec", "exit"), express=False).write(ORDINARY)
     assert short.short == 2
