@@ -4,6 +4,7 @@ The configuration of the agent, and contrib/procwatch.toml.
 
 from __future__ import annotations
 
+import inspect
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from msgspec import structs
 from procwatch import config, sinks
 from procwatch.cli.config import check
 from procwatch.config import Config, Invalid, Metrics, SinkTable
-from procwatch.config.check import sink_defaults, sink_options
+from procwatch.config.check import sink_options
 from procwatch.config.text import describe, find_lines
 from procwatch.errors import ConfigError
 from procwatch.watcher import Watcher
@@ -75,7 +76,12 @@ class TestExample:
         for name, table in tables.items():
             kind = sinks.SINKS[name]
             assert set(table.options) == set(sink_options(kind)), name
-            defaults = {key: value for key, value in sink_defaults(kind).items() if value not in (None, "", {}, (), [])}
+            own = {key: value.default for key, value in inspect.signature(kind).parameters.items()}
+            common = {field.name: field.default for field in structs.fields(kind.common)}
+            free = (None, "", inspect.Parameter.empty)  # the default is none
+            defaults = {
+                key: value for key, value in (common | own).items() if key in table.options and value not in free
+            }
             assert {key: table.options[key] for key in defaults} == defaults, name
 
     def test_every_option_is_documented(self):

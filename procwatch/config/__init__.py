@@ -2,8 +2,8 @@
 The configuration of the service: TOML in, checked values out. docs/config.md and contrib/procwatch.toml explain it.
 
 What is allowed stands in one place each: for the top level in `Config`, for `[metrics]` in `Metrics`, for `filter` in
-the constructor of `Filter`, and for `[[sinks]]` in the constructor of the sink's class. Checking reads these types, so
-there is no second list that could differ.
+the constructor of `Filter`, and for `[[sinks]]` in the constructor of the sink's class and the `common` of it. Checking
+reads these types, so there is no second list that could differ.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from procwatch.policy.filter import Filter
 from procwatch.table.draft import Maker
 
 PREFIX = "PROCWATCH_"
-# A sink's constructor has these, and the agent fills them in.
-_GIVEN = ("encode", "events", "keep")
+# Of what sinks have in common, what the agent fills in.
+_GIVEN = ("maker", "encode", "events", "keep")
 # These have a check of their own.
 _OWN = ("events", "buffer", "filter", "sinks", "metrics")
 _SECRET = re.compile("password|token|secret|headers")
@@ -235,19 +235,13 @@ class Checker:
         self.problems.append(Problem(self._name, what))
 
 
-def sink_options(sink: type) -> dict[str, Any]:
+def sink_options(sink: type[sinks.QueueSink]) -> dict[str, Any]:
     """
-    The options of a type of sink, each with its type: the keyword-only parameters of its constructor.
+    The options of a type of sink, each with its type.
     """
-    hints = typing.get_type_hints(sink.__init__, include_extras=True)  # type: ignore[misc]
-    return {name: hints.get(name, object) for name in _parameters(sink)}
-
-
-def sink_defaults(sink: type) -> dict[str, Any]:
-    """
-    What they are when nothing is said; without those that must be said.
-    """
-    return {name: value.default for name, value in _parameters(sink).items() if value.default is not value.empty}
+    common, own = (typing.get_type_hints(one, include_extras=True) for one in (sink.common, sink.__init__))
+    names = [name for name in sink.common.__struct_fields__ if name not in _GIVEN]
+    return {name: common[name] for name in names} | {name: own[name] for name in _parameters(sink)}
 
 
 def _needed(sink: type) -> list[str]:
@@ -256,7 +250,7 @@ def _needed(sink: type) -> list[str]:
 
 def _parameters(sink: type) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(sink).parameters.items()
-    return {name: value for name, value in parameters if value.kind is value.KEYWORD_ONLY and name not in _GIVEN}
+    return {name: value for name, value in parameters if value.kind is value.KEYWORD_ONLY}
 
 
 def _fields(table: type[Struct]) -> dict[str, Any]:

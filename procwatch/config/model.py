@@ -59,8 +59,8 @@ class SinkTable(Struct, frozen=True, kw_only=True):
         """
         keep = Filter(**self.filter) if self.filter else None
         kind = sinks.SINKS[self.type]
-        return kind(
-            maker,
+        return kind.of(
+            maker=maker,
             encode=formats.FORMATS[self.format or kind.default_format](maker),
             events=None if self.events is None else frozenset(self.events),
             keep=keep,

@@ -117,9 +117,6 @@ class Place(Struct, frozen=True):
     unit_user: int | None = None
 
 
-NOWHERE = Place()
-
-
 def parse(cgroup: str) -> Place:
     """
     Read a cgroup path, as /proc/PID/cgroup has it.

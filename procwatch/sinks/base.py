@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from operator import attrgetter
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from msgspec import Struct
 
@@ -140,6 +140,18 @@ class Gap:
         )
 
 
+class Common(Struct, frozen=True, kw_only=True):
+    """
+    What all sinks are made with.
+    """
+
+    maker: Maker  # makes events of drafts
+    encode: Encode  # appends one event to a buffer, with its newline
+    events: frozenset[str] | None = None  # kinds to write; None: all. ready, lost and stop always come
+    keep: Predicate | None = None  # only the events of processes for which this is true
+    queue: int = QUEUE  # events that may wait in memory
+
+
 class QueueSink(ABC):
     """
     A sink with a bounded queue and a thread that writes.
@@ -147,36 +159,22 @@ class QueueSink(ABC):
     When the queue is full the newest events are dropped, and a `lost` event with `where="sink"` stands in their place.
     `stop` comes always.
 
-    Args:
-        maker: Makes events of drafts.
-        encode: Appends one event to a buffer, with its newline.
-        events: Kinds to write; None: all. ready, lost and stop always come.
-        keep: Only the events of processes for which this is true.
-        queue: Events that may wait in memory.
-
     Raises:
         ConfigError: A value that cannot be.
     """
 
     name = ""
     default_format: ClassVar[str] = "json"  # of procwatch.formats.FORMATS, where the configuration names none
+    common: ClassVar[type[Common]] = Common  # what it is made with, besides the options of its own
 
-    def __init__(
-        self,
-        maker: Maker,
-        *,
-        encode: Encode,
-        events: frozenset[str] | None = None,
-        keep: Predicate | None = None,
-        queue: int = QUEUE,
-    ) -> None:
-        if queue < 1:
-            raise ConfigError(f"queue={queue} cannot be: 1 or more")
-        self._maker = maker
-        self._encode = encode
-        self._events = events
-        self._keep = keep
-        self._bound = queue
+    def __init__(self, common: Common) -> None:
+        if common.queue < 1:
+            raise ConfigError(f"queue={common.queue} cannot be: 1 or more")
+        self._maker = common.maker
+        self._encode = common.encode
+        self._events = common.events
+        self._keep = common.keep
+        self._bound = common.queue
         # The loop adds at the right and the thread takes at the left. Each counter is changed by one of the two only.
         self._records: deque[Record] = deque()
         self._added = self._added_bytes = self._refused = self._peak = 0
@@ -191,6 +189,14 @@ class QueueSink(ABC):
         self._closing = False
         self._abandoned = False
         self._thread: threading.Thread | None = None
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """
+        One with these options, those of `common` and its own.
+        """
+        common = {name: options.pop(name) for name in cls.common.__struct_fields__ if name in options}
+        return cls(cls.common(**common), **options)
 
     # On the loop
 

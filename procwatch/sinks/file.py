@@ -20,10 +20,8 @@ from typing import IO, Any, Literal
 
 from procwatch import options
 from procwatch.errors import ConfigError, SinkUnavailable
-from procwatch.policy.filter import Predicate
 from procwatch.sinks import whole
-from procwatch.sinks.base import QUEUE, Encode, QueueSink, Record
-from procwatch.table.draft import Maker
+from procwatch.sinks.base import Common, QueueSink, Record
 
 MIN_ROTATE = 4096
 _SUFFIX = {"gzip": ".gz", "zstd": ".zst", "none": ""}
@@ -38,7 +36,7 @@ class FileSink(QueueSink):
     compressed beside the writing, and the oldest ones are removed. The file is opened anew when it was moved away.
 
     Args:
-        maker, encode, events, keep, queue: See QueueSink.
+        common: See Common.
         path: The file; its directory must exist.
         rotate_bytes: Begin another file before this one grows beyond it: bytes, or as "100MiB"; 0: never.
         rotate_s: And at each multiple of so many seconds since 1970, UTC, as 3600 or 86400; 0: never.
@@ -54,12 +52,8 @@ class FileSink(QueueSink):
 
     def __init__(
         self,
-        maker: Maker,
+        common: Common,
         *,
-        encode: Encode,
-        events: frozenset[str] | None = None,
-        keep: Predicate | None = None,
-        queue: int = QUEUE,
         path: str,
         rotate_bytes: int | str = "100MiB",
         rotate_s: float = 0,
@@ -67,7 +61,7 @@ class FileSink(QueueSink):
         compress: Literal["gzip", "zstd", "none"] = "gzip",
         mode: int = 0o640,
     ) -> None:
-        super().__init__(maker, encode=encode, events=events, keep=keep, queue=queue)
+        super().__init__(common)
         self._path = os.path.abspath(path)
         self._rotate_bytes = options.size(rotate_bytes)
         if 0 < self._rotate_bytes < MIN_ROTATE:

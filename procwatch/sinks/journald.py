@@ -20,9 +20,8 @@ import msgspec
 
 from procwatch.errors import SinkUnavailable
 from procwatch.events import Event
-from procwatch.policy.filter import Predicate
-from procwatch.sinks.base import QUEUE, Encode, QueueSink, Record
-from procwatch.table.draft import Draft, Maker
+from procwatch.sinks.base import Common, QueueSink, Record
+from procwatch.table.draft import Draft
 
 DEFAULT_PATH = "/run/systemd/journal/socket"
 TIMEOUT_S = 2.0
@@ -40,7 +39,7 @@ class JournaldSink(QueueSink):
     journald is away entries are dropped and told.
 
     Args:
-        maker, encode, events, keep, queue: See QueueSink.
+        common: See Common.
         path: Its socket.
     """
 
@@ -49,15 +48,11 @@ class JournaldSink(QueueSink):
 
     def __init__(
         self,
-        maker: Maker,
+        common: Common,
         *,
-        encode: Encode,
-        events: frozenset[str] | None = None,
-        keep: Predicate | None = None,
-        queue: int = QUEUE,
         path: str = DEFAULT_PATH,
     ) -> None:
-        super().__init__(maker, encode=encode, events=events, keep=keep, queue=queue)
+        super().__init__(common)
         self._path = path
         self._socket: socket.socket | None = None
 

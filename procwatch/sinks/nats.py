@@ -23,11 +23,10 @@ from msgspec import json
 from procwatch import options
 from procwatch.errors import ConfigError
 from procwatch.events import ContainerEvent, Event, Lost, ProcessEvent
-from procwatch.policy.filter import Predicate
-from procwatch.sinks.base import QUEUE, Encode, Record
-from procwatch.sinks.outbox import OutboxSink
+from procwatch.sinks.base import Record
+from procwatch.sinks.outbox import OutboxSink, Spooled
 from procwatch.sinks.shorten import shortened
-from procwatch.table.draft import Draft, Maker
+from procwatch.table.draft import Draft
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -54,7 +53,7 @@ class NatsSink(OutboxSink):
     Publishes lines to a JetStream stream.
 
     Args:
-        maker, encode, events, keep, queue, spool, spool_bytes, fsync_s: See OutboxSink.
+        common: See Spooled.
         servers: URLs, as "nats://10.0.0.1:4222" or "tls://nats.example.com"; one of them is enough.
         prefix: First part of the subjects. The host is the second, with "_" for each character that is no letter,
             digit, "-" or "_"; the kind of event is the third.
@@ -80,15 +79,8 @@ class NatsSink(OutboxSink):
 
     def __init__(
         self,
-        maker: Maker,
+        common: Spooled,
         *,
-        encode: Encode,
-        events: frozenset[str] | None = None,
-        keep: Predicate | None = None,
-        queue: int = QUEUE,
-        spool: str | None = None,
-        spool_bytes: int | str = "1GiB",
-        fsync_s: float = 1.0,
         servers: list[str],
         prefix: str = "procwatch",
         stream: str = "procwatch",
@@ -107,16 +99,7 @@ class NatsSink(OutboxSink):
         tls_cert: str | None = None,
         tls_key: str | None = None,
     ) -> None:
-        super().__init__(
-            maker,
-            encode=encode,
-            events=events,
-            keep=keep,
-            queue=queue,
-            spool=spool,
-            spool_bytes=spool_bytes,
-            fsync_s=fsync_s,
-        )
+        super().__init__(common)
         if not servers:
             raise ConfigError("servers=[] cannot be: at least one, as nats://localhost:4222")
         if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", prefix, re.ASCII):
@@ -127,7 +110,7 @@ class NatsSink(OutboxSink):
             raise ConfigError("replicas is 1 or more, duplicate_window_s more than 0, stream_max_age_s 0 or more")
         self._servers = servers
         self._prefix = prefix
-        self._subject = f"{prefix}.{_TOKEN.sub('_', maker.host)}"
+        self._subject = f"{prefix}.{_TOKEN.sub('_', common.maker.host)}"
         self._stream = stream
         self._create = create
         self._stream_max_bytes = options.size(stream_max_bytes)

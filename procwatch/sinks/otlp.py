@@ -11,16 +11,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Literal
 
+from msgspec import structs
 from msgspec.json import Decoder
 
 from procwatch.errors import ConfigError
 from procwatch.events import AnyEvent, Event
 from procwatch.formats import otel
 from procwatch.formats.native import Lines
-from procwatch.policy.filter import Predicate
-from procwatch.sinks.base import QUEUE, Encode, Record
-from procwatch.sinks.outbox import SenderSink
-from procwatch.table.draft import Maker
+from procwatch.sinks.base import Record
+from procwatch.sinks.outbox import SenderSink, Spooled
 
 if TYPE_CHECKING:
     from opentelemetry.sdk._logs import ReadableLogRecord
@@ -36,8 +35,7 @@ class OtlpSink(SenderSink):
     Sends events as log records.
 
     Args:
-        maker, events, keep, queue, spool, spool_bytes, fsync_s: See OutboxSink.
-        encode: Not used: the form is OTLP's.
+        common: See Spooled. `encode` is not used: the form is OTLP's.
         endpoint: URL, as "http://collector:4318/v1/logs".
         headers: Of each request, for access tokens.
         compression: "gzip" or "none".
@@ -55,15 +53,8 @@ class OtlpSink(SenderSink):
 
     def __init__(
         self,
-        maker: Maker,
+        common: Spooled,
         *,
-        encode: Encode,
-        events: frozenset[str] | None = None,
-        keep: Predicate | None = None,
-        queue: int = QUEUE,
-        spool: str | None = None,
-        spool_bytes: int | str = "1GiB",
-        fsync_s: float = 1.0,
         endpoint: str = "http://localhost:4318/v1/logs",
         headers: dict[str, str] | None = None,
         compression: Literal["gzip", "none"] = "gzip",
@@ -73,16 +64,7 @@ class OtlpSink(SenderSink):
         tls_cert: str | None = None,
         tls_key: str | None = None,
     ) -> None:
-        super().__init__(
-            maker,
-            encode=Lines(maker).encode_into,
-            events=events,
-            keep=keep,
-            queue=queue,
-            spool=spool,
-            spool_bytes=spool_bytes,
-            fsync_s=fsync_s,
-        )
+        super().__init__(structs.replace(common, encode=Lines(common.maker).encode_into))
         if not endpoint.startswith(("http://", "https://")):
             raise ConfigError(f"endpoint={endpoint!r} cannot be: http://HOST:4318/v1/logs, or https")
         if compression not in ("gzip", "none"):
@@ -93,7 +75,7 @@ class OtlpSink(SenderSink):
         self._headers = headers
         self._compression = compression
         self._timeout_s = timeout_s
-        self._about = {**otel.resource(maker.host), **(resource or {})}
+        self._about = {**otel.resource(common.maker.host), **(resource or {})}
         self._tls = (tls_ca, tls_cert, tls_key)
         self._decode = Decoder(AnyEvent).decode
         self._exporter: Any = None

@@ -11,14 +11,22 @@ from abc import abstractmethod
 from msgspec import structs
 
 from procwatch import options
-from procwatch.policy.filter import Predicate
-from procwatch.sinks.base import BATCH, QUEUE, Encode, Gap, QueueSink, Record, SinkStats
+from procwatch.sinks.base import BATCH, Common, Gap, QueueSink, Record, SinkStats
 from procwatch.sinks.spool import Memory, Outbox, Spool
-from procwatch.table.draft import Maker
 
 WINDOW = 4096  # records that wait beside the queue, without a spool
 FIRST_RETRY_S = 0.2
 LAST_RETRY_S = 30.0
+
+
+class Spooled(Common, frozen=True, kw_only=True):
+    """
+    What sinks with an outbox are made with.
+    """
+
+    spool: str | None = None  # a directory of this sink's own; None: memory
+    spool_bytes: int | str = "1GiB"  # most that it may hold
+    fsync_s: float = 1.0  # most that a loss of power takes; 0: each batch is synced; inf: as the kernel writes
 
 
 class OutboxSink(QueueSink):
@@ -27,34 +35,15 @@ class OutboxSink(QueueSink):
 
     Without a spool they wait in memory, and are lost with the agent. With one they wait on disk, whoever is killed;
     when it is full the oldest are dropped, a 16th of its size at a time, and a `lost` event stands in their place.
-
-    Args:
-        maker, encode, events, keep, queue: See QueueSink.
-        spool: A directory of this sink's own; None: memory.
-        spool_bytes: Most that it may hold: bytes, or as "1GiB".
-        fsync_s: After a loss of power up to so many seconds are missing; 0: none, each batch is synced; inf: whatever
-            the kernel has not written.
-
-    Raises:
-        ConfigError: A value that cannot be.
     """
 
-    def __init__(
-        self,
-        maker: Maker,
-        *,
-        encode: Encode,
-        events: frozenset[str] | None = None,
-        keep: Predicate | None = None,
-        queue: int = QUEUE,
-        spool: str | None = None,
-        spool_bytes: int | str = "1GiB",
-        fsync_s: float = 1.0,
-    ) -> None:
-        super().__init__(maker, encode=encode, events=events, keep=keep, queue=queue)
-        self._spool_path = spool
-        self._spool_bytes = options.size(spool_bytes)
-        self._fsync_s = fsync_s
+    common = Spooled
+
+    def __init__(self, common: Spooled) -> None:
+        super().__init__(common)
+        self._spool_path = common.spool
+        self._spool_bytes = options.size(common.spool_bytes)
+        self._fsync_s = common.fsync_s
         self._outbox: Outbox = Memory(WINDOW)
         self._spool: Spool | None = None
         self._confirmed = 0

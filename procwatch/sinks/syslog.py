@@ -20,11 +20,10 @@ from urllib.parse import urlsplit
 
 from procwatch.errors import ConfigError
 from procwatch.events import Event
-from procwatch.policy.filter import Predicate
-from procwatch.sinks.base import QUEUE, Encode, Record
-from procwatch.sinks.outbox import SenderSink
+from procwatch.sinks.base import Record
+from procwatch.sinks.outbox import SenderSink, Spooled
 from procwatch.sinks.shorten import shortened
-from procwatch.table.draft import Draft, Maker
+from procwatch.table.draft import Draft
 
 TIMEOUT_S = 5.0
 Facility = Literal["kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron", "authpriv", "ftp",
@@ -41,7 +40,7 @@ class SyslogSink(SenderSink):
     Sends lines as syslog messages.
 
     Args:
-        maker, encode, events, keep, queue, spool, spool_bytes, fsync_s: See OutboxSink.
+        common: See Spooled.
         address: "unix:///dev/log", "udp://HOST:514", "tcp://HOST:601" or "tls://HOST:6514".
         facility: As "daemon" or "local0".
         max_bytes: A longer message loses arguments from its end (`argv_truncated` says so). rsyslog takes 8192 unless
@@ -57,15 +56,8 @@ class SyslogSink(SenderSink):
 
     def __init__(
         self,
-        maker: Maker,
+        common: Spooled,
         *,
-        encode: Encode,
-        events: frozenset[str] | None = None,
-        keep: Predicate | None = None,
-        queue: int = QUEUE,
-        spool: str | None = None,
-        spool_bytes: int | str = "1GiB",
-        fsync_s: float = 1.0,
         address: str = "unix:///dev/log",
         facility: Facility = "daemon",
         max_bytes: int = 8192,
@@ -73,16 +65,7 @@ class SyslogSink(SenderSink):
         tls_cert: str | None = None,
         tls_key: str | None = None,
     ) -> None:
-        super().__init__(
-            maker,
-            encode=encode,
-            events=events,
-            keep=keep,
-            queue=queue,
-            spool=spool,
-            spool_bytes=spool_bytes,
-            fsync_s=fsync_s,
-        )
+        super().__init__(common)
         url = urlsplit(address)
         try:
             port = url.port
@@ -104,7 +87,7 @@ class SyslogSink(SenderSink):
         self._context: ssl.SSLContext | None = None
         self._socket: socket.socket | None = None
         self._reconnect = False
-        host = maker.host.encode("ascii", "replace").replace(b" ", b"_")[:255] or b"-"
+        host = common.maker.host.encode("ascii", "replace").replace(b" ", b"_")[:255] or b"-"
         self._sender = b" %b procwatch %d " % (host, os.getpid())
 
     def reopen(self) -> None:

@@ -16,9 +16,8 @@ import socket
 from procwatch import options
 from procwatch.errors import ConfigError, SinkUnavailable
 from procwatch.events import Event, Ready
-from procwatch.policy.filter import Predicate
-from procwatch.sinks.base import QUEUE, Encode, Gap, QueueSink, Record
-from procwatch.table.draft import Draft, Maker
+from procwatch.sinks.base import Common, Gap, QueueSink, Record
+from procwatch.table.draft import Draft
 
 DEFAULT_PATH = "/run/procwatch/tail.sock"
 MAX_READERS = 64
@@ -43,7 +42,7 @@ class UnixSink(QueueSink):
     Serves lines to whoever connects.
 
     Args:
-        maker, encode, events, keep, queue: See QueueSink.
+        common: See Common.
         path: The socket. One that systemd passes for it (a .socket unit) is taken.
         mode: Permissions of the socket: who may write to it may read the events.
         group: Group of the socket, by name; None: the agent's.
@@ -57,18 +56,14 @@ class UnixSink(QueueSink):
 
     def __init__(
         self,
-        maker: Maker,
+        common: Common,
         *,
-        encode: Encode,
-        events: frozenset[str] | None = None,
-        keep: Predicate | None = None,
-        queue: int = QUEUE,
         path: str = DEFAULT_PATH,
         mode: int = 0o660,
         group: str | None = None,
         reader_bytes: int | str = "8MiB",
     ) -> None:
-        super().__init__(maker, encode=encode, events=events, keep=keep, queue=queue)
+        super().__init__(common)
         if len(os.fsencode(path)) > 107:
             raise ConfigError(f"path={path!r} cannot be: a socket's path has at most 107 bytes")
         if not 0 < mode <= 0o777:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from procwatch.enrich.containers import NOWHERE, parse
+from procwatch.enrich.containers import Place, parse
 
 A = "3f4e9c1ab0d27786e5a1c90b8d7f6e5d4c3b2a190817f6e5d4c3b2a1908f7e6d"
 B = "b1946ac92492d2347c6235b4d2611184f0b2c1a3d4e5f60718293a4b5c6d7e8f"
@@ -324,4 +324,4 @@ def test_nowhere_is_nowhere() -> None:
     """
     The root cgroup says nothing at all.
     """
-    assert parse("/") == NOWHERE
+    assert parse("/") == Place()

@@ -48,15 +48,15 @@ def stop() -> Event:
     )
 
 
-def make(kind: Callable[..., Any], **options: Any) -> Any:
+def make(kind: type[QueueSink], **options: Any) -> Any:
     """
     A sink of native lines.
     """
-    return kind(MAKER, encode=options.pop("encode", ENCODE), **options)
+    return kind.of(maker=MAKER, encode=options.pop("encode", ENCODE), **options)
 
 
 @asynccontextmanager
-async def opened(kind: Callable[..., Any], **options: Any):
+async def opened(kind: type[QueueSink], **options: Any):
     """
     The same, open, and closed at the end.
     """

@@ -67,7 +67,7 @@ async def test_every_field_is_a_field_of_the_entry(journal: socket.socket):
     """
     With its exact bytes: newlines, and what is not UTF-8, cannot forge another one.
     """
-    sink = JournaldSink(MAKER, encode=LOGFMT, path=journal.getsockname())
+    sink = JournaldSink.of(maker=MAKER, encode=LOGFMT, path=journal.getsockname())
     await sink.open()
     try:
         sink.put([*DRAFTS, *OTHERS])

@@ -46,7 +46,7 @@ async def test_each_event_is_one_message_with_its_subject_and_id(tmp_path: Path)
     """
     async with nats_server(tmp_path / "nats") as server:
         maker = type(MAKER)("web-1.example.com", MAKER.clock)
-        sink = NatsSink(maker, encode=lambda item, buffer: buffer.extend(b"{}\n"), servers=[server.url])
+        sink = NatsSink.of(maker=maker, encode=lambda item, buffer: buffer.extend(b"{}\n"), servers=[server.url])
         await sink.open()
         lost = events.Lost(
             time=MAKER.clock.stamp(5), host="h", count=3, exact=True, where="ring_buffer", since=None, until=None
@@ -290,7 +290,7 @@ async def test_a_host_that_may_speak_only_for_itself(tmp_path: Path):
                 sink.put(drafts(first, first + 99))
                 await idle(sink)
         assert told(await stream_messages(server.url, **admin)) == list(range(1, 201))
-        other = NatsSink(Maker("db-1", MAKER.clock), encode=ENCODE, **{**options, "spool": None})
+        other = NatsSink.of(maker=Maker("db-1", MAKER.clock), encode=ENCODE, **{**options, "spool": None})
         await other.open()
         other.put(drafts(1, 1))
         await until(lambda: other.stats().failures, "the refusal")
