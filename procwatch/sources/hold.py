@@ -8,15 +8,15 @@ The work is done by processes of their own (`holder`); this end receives their f
 from __future__ import annotations
 
 import errno
+import json
 import os
-import pickle
 import re
 import select
 import socket
 import subprocess
 import sys
 import time
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from procwatch.errors import SourceUnavailable
 from procwatch.facts import Fact, Lost
@@ -26,7 +26,7 @@ from procwatch.sources.fanotify import Fanotify, unavailable
 from procwatch.wire import execve
 
 BUFFER_BYTES = 16 << 20
-# Larger than any message: an argv of 128 KiB, and its pickled form.
+# Larger than any message: an argv of 128 KiB, of which each byte may become six, and four paths.
 MESSAGE_BYTES = 1 << 20
 START_S = 30.0  # a busy host takes its time to import; a holder that dies is known at once
 BATCH = 8192
@@ -131,7 +131,7 @@ class Hold:
                     break
         raise SourceUnavailable(self.name, "the holder process did not start", "see its message on stderr")
 
-    def _receive(self) -> object:
+    def _receive(self) -> Fact | tuple[str, Any] | None:
         """
         One message; None at the end. Raises BlockingIOError when there is none now.
         """
@@ -140,7 +140,7 @@ class Hold:
             count = self._socket.recv_into(self._buffer)
         except ConnectionResetError:
             return None
-        return pickle.loads(self._buffer[:count]) if count else None  # noqa: S301  from our own child
+        return holder.unpack(bytes(self._buffer[:count])) if count else None
 
     @property
     def limits(self) -> list[str]:
@@ -157,7 +157,7 @@ class Hold:
             self._instead.seen(pid, namespace)
         elif self._socket is not None:
             try:
-                self._socket.send(pickle.dumps((pid, namespace)))
+                self._socket.send(json.dumps((pid, namespace)).encode())
             except OSError:
                 pass
 

@@ -226,6 +226,7 @@ class TestNobodyWaits:
         """
         holder = os.pidfd_open(holder_of(source))
         os.kill(holder_of(source), signal.SIGSTOP)
+        os.waitid(os.P_PIDFD, holder, os.WSTOPPED | os.WNOWAIT)  # until then its threads may answer
 
         assert spawn(place / "tiny") < LONGEST_S
 
