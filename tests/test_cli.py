@@ -135,6 +135,17 @@ def test_count_and_for():
 # Mistakes
 
 
+def test_a_user_who_is_not_there():
+    """
+    It is said, for it may be a slip; and waited for, for the user may come.
+    """
+    ended = run(
+        "watch", "--backend", "scan", "--for", "0.1", "--user", "nobody", "--user", "no\x1bsuch", "--user", "4242"
+    )
+    assert ended.returncode == 0
+    assert ended.stderr == "procwatch: --user no\\x1bsuch: there is no such user, yet\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

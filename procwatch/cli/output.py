@@ -5,6 +5,7 @@ Where lines go, and in which form: shared by the commands that print events.
 from __future__ import annotations
 
 import os
+import pwd
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import click
 
 from procwatch.errors import ConfigError, ProcwatchError
 from procwatch.events import Event
+from procwatch.formats.text import safe
 from procwatch.policy.filter import Filter
 from procwatch.sinks.stream import open_file
 from procwatch.table.draft import Draft, Maker
@@ -55,9 +57,20 @@ def filter_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def take_filter(options: dict[str, Any]) -> Filter:
     """
-    The filter that the options say, taken out of them.
+    The filter that the options say, taken out of them. A user who is not there may come yet, so that is only said.
     """
+    for user in options["user"]:
+        if not (user.isdecimal() or _is_known(user)):
+            click.echo(f"procwatch: --user {safe(user)}: there is no such user, yet", err=True)
     return Filter(**{name: options.pop(name) for name, _, _ in _FILTERS})
+
+
+def _is_known(user: str) -> bool:
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        return False
+    return True
 
 
 def native_lines(form: str, fd: int, maker: Maker) -> Lines | None:
