@@ -67,6 +67,9 @@ NEVER_NS = 1 << 63
 BY_TIME = attrgetter("time_ns")
 # Events that wait for the names of a container; beyond it the first goes without.
 MAX_HELD = 65_536
+# So long they wait to know if their cgroup is a container's at all, where its path does not say it: plain runc's.
+# It takes some milliseconds, once for each such cgroup, more on a busy host.
+CLEAR_WAIT_NS = 100_000_000
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -265,7 +268,7 @@ class Pipeline:
         ebpf = self.sources[0] if len(self.sources) == 1 else None
         possible = (
             "exec" in self._kinds
-            and not (self._ancestors or self._name_wait_ns or self._hash_wait_ns or self._held)
+            and not (self._ancestors or self._name_wait_ns or self._hash_wait_ns)
             and all(wish is None for wish in odd)
         )
         self._general()
@@ -407,7 +410,7 @@ class Pipeline:
         return when if when != NEVER_NS else None
 
     def _held_until_ns(self) -> int:
-        wait_ns = max(self._name_wait_ns, self._hash_wait_ns)
+        wait_ns = max(self._name_wait_ns, self._hash_wait_ns, CLEAR_WAIT_NS)
         return self._held[0][0] + wait_ns if self._held else NEVER_NS
 
     def is_ending(self, identity: str) -> bool:
@@ -551,15 +554,19 @@ class Pipeline:
                     self._inspector.inspect(draft.who.pid, draft.details)
                     if draft.details.hash is REFUSED:
                         draft.missing = {**draft.missing, "hash": PRESSURE}
-        if self._name_wait_ns or self._hash_wait_ns or self._held:
+        if self._name_wait_ns or self._hash_wait_ns or self._held or self._any_unclear(drafts):
             drafts = self._release(drafts, now_ns)
         if self._keep is not None or self._under is not None:
             drafts = [shown for draft in drafts if (shown := self._wanted(draft)) is not None]
         return self._count(drafts)
 
+    def _any_unclear(self, drafts: list[Event | Draft]) -> bool:
+        unclear = self.maker.names.unclear
+        return any(unclear(draft.details.cgroup) for draft in drafts if type(draft) is Draft)
+
     def _release(self, drafts: list[Event | Draft], now_ns: int) -> list[Event | Draft]:
         """
-        Hold back, in order, what is still being looked up: the names of a container, a hash.
+        Hold back, in order, what is still being looked up: the names of a container, a hash. At the end nothing is.
         """
         held = self._held
         for draft in drafts:
@@ -567,9 +574,10 @@ class Pipeline:
             if isinstance(draft, Draft):  # all lookups begin now, not when their turn comes
                 self.maker.names.place(draft.details.cgroup)
         ready = []
+        most = MAX_HELD if now_ns != NEVER_NS else 0
         while held:
             since_ns, draft = held[0]
-            if len(held) < MAX_HELD and isinstance(draft, Draft) and self._incomplete(draft, now_ns - since_ns):
+            if len(held) < most and isinstance(draft, Draft) and self._incomplete(draft, now_ns - since_ns):
                 break
             ready.append(draft)
             held.popleft()
@@ -578,6 +586,8 @@ class Pipeline:
     def _incomplete(self, draft: Draft, waited_ns: int) -> bool:
         details, names = draft.details, self.maker.names
         if waited_ns < self._name_wait_ns and names.pending(details.cgroup):
+            return True
+        if waited_ns < CLEAR_WAIT_NS and names.unclear(details.cgroup):
             return True
         return waited_ns < self._hash_wait_ns and self._inspector is not None and self._inspector.pending(details)
 

@@ -799,8 +799,9 @@ def snapshot(*, keep: Predicate | None = None, under: int | None = None) -> list
     """
     enricher = Enricher()
     maker = Maker(socket.gethostname(), Clock(), enricher)
+    unnamed = Maker(maker.host, maker.clock)  # holds nothing back
     try:
-        drafts = Pipeline("scan", [], [], maker=maker, kinds=("running",), under=under).start(initial=True)
+        drafts = Pipeline("scan", [], [], maker=unnamed, kinds=("running",), under=under).start(initial=True)
         names_wanted = {draft.details.cgroup for draft in drafts if isinstance(draft, Draft)}
         for cgroup in names_wanted:
             enricher.place(cgroup)

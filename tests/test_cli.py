@@ -143,7 +143,7 @@ def test_a_user_who_is_not_there():
         "watch", "--backend", "scan", "--for", "0.1", "--user", "nobody", "--user", "no\x1bsuch", "--user", "4242"
     )
     assert ended.returncode == 0
-    assert ended.stderr == "procwatch: --user no\\x1bsuch: there is no such user, yet\n"
+    assert ended.stderr == "procwatch: --user no\\esuch: there is no such user, yet\n"
 
 
 @pytest.mark.parametrize(

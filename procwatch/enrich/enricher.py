@@ -98,6 +98,7 @@ class Enricher:
         self._known: dict[str, _Known] = {}  # by the container's own cgroup
         self._keys: dict[str, str] = {}  # cgroup -> that of its container, in `_known`
         self._pending: set[str] = set()
+        self._unclear: set[str] = set()  # of these, those that nobody has looked up once
         self._answers: deque[_Answer] = deque()
         self._gone: deque[list[str]] = deque()
         self._fading: set[str] = set()  # cgroups that the last sweep found gone
@@ -127,6 +128,13 @@ class Enricher:
         """
         return cgroup in self._pending
 
+    def unclear(self, cgroup: str | None) -> bool:
+        """
+        Whether only the lookup that is under way can say if this is a container's cgroup. Begins it.
+        """
+        self.place(cgroup)
+        return cgroup in self._unclear
+
     def collect(self) -> list[tuple[Container, str]]:
         """
         The containers whose names have become known since the last call, each with its own cgroup.
@@ -138,6 +146,7 @@ class Enricher:
         found: list[tuple[Container, str]] = []
         while self._answers:
             answer = self._answers.popleft()
+            self._unclear.discard(answer.cgroup)
             if answer.final:
                 self._pending.discard(answer.cgroup)
             if answer.ref is None or answer.cgroup not in self._places:
@@ -213,6 +222,8 @@ class Enricher:
             self._join(cgroup, ref.cgroup, known)
         if self._is_new(cgroup, place) and self._worker.submit(lambda: self._look(cgroup, place, 0)):
             self._pending.add(cgroup)
+            if container is None:
+                self._unclear.add(cgroup)
         return placed
 
     def _is_new(self, cgroup: str, place: Place) -> bool:
@@ -259,6 +270,7 @@ class Enricher:
     def _drop(self, cgroup: str) -> None:
         del self._places[cgroup]
         self._pending.discard(cgroup)
+        self._unclear.discard(cgroup)
         self._leave(cgroup)
 
     def _forget(self, key: str) -> None:

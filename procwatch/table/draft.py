@@ -148,6 +148,11 @@ class Names(Protocol):
         Whether the names of its container may still come, soon.
         """
 
+    def unclear(self, cgroup: str | None) -> bool:
+        """
+        Whether its path does not say if it is a container's, and the lookup that tells has no answer yet. Begins that.
+        """
+
 
 class NoNames:
     """
@@ -173,6 +178,8 @@ class NoNames:
         Never.
         """
         return False
+
+    unclear = pending
 
 
 class Maker:

@@ -57,6 +57,8 @@ class Names:
         """
         return False
 
+    unclear = pending
+
 
 MAKER = Maker("web-1", Clock(offset_ns=NOW_NS), Names())
 NGINX = Details(

@@ -73,6 +73,20 @@ async def test_fifty_short_programs_in_a_podman_container(backend: str, podman: 
 
 
 @pytest.mark.parametrize("backend", COMPLETE)
+async def test_fifty_short_programs_in_a_plain_container(backend: str, tmp_path: Path, with_tiny: Path):
+    """
+    Where the path of the cgroup does not say that it is a container's, 50 of 50 have its id, too.
+    """
+    need_programs("runc")
+    name = f"bare-{backend}-{os.getpid()}"
+    directory = bundle(tmp_path / name, with_tiny, "sh", "-c", LOOP + "; sleep 0.5")
+    async with watching(backend) as watch:
+        await run("runc", "run", "--bundle", directory, name)
+        execs = await tinies(watch, 50)
+    assert {event.container and event.container.id for event in execs} == {name}
+
+
+@pytest.mark.parametrize("backend", COMPLETE)
 async def test_complete_lines_for_who_can_wait(backend: str, podman: Podman, with_tiny: Path):
     """
     With container_wait_ms no event of the container goes out before its name is known.
