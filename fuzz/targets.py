@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from msgspec import structs
+
 from procwatch import config, events, storms
 from procwatch.clock import Clock
 from procwatch.enrich import containers
@@ -159,11 +161,12 @@ def filters(data: bytes) -> None:
     Patterns and values that do not fit each other.
     """
     pattern, _, text = data.decode("utf-8", "surrogateescape").partition("\0")
-    with suppress(ConfigError):
-        keep = Filter(container=[pattern], pod=[pattern], user=[pattern], unit=[pattern], exe=[pattern])
-        event = _event(text)
-        assert isinstance(event, events.ProcessEvent)
-        assert keep(event) in (True, False)
+    inside = events.Container(text, None, text, None, events.Pod(None, text, text))
+    event = structs.replace(_event(text), container=inside, user=text, unit=text)
+    assert isinstance(event, events.ProcessEvent)
+    for criterion in ("container", "pod", "user", "unit", "exe"):
+        with suppress(ConfigError):
+            assert Filter(**{criterion: [pattern]})(event) in (True, False)
 
 
 def _event(text: str) -> events.Event:

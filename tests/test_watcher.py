@@ -17,9 +17,9 @@ import procwatch
 from procwatch import ConfigError, ProcwatchError, SourceUnavailable, Watcher
 from procwatch.enrich import hashes
 from procwatch.errors import SourceLost
-from procwatch.facts import Gone, Lost
+from procwatch.facts import Fork, Gone, Lost
 from procwatch.sources.base import Source
-from procwatch.testing import Collector, FakeSource
+from procwatch.testing import FIRST_PID, Collector, FakeSource
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -462,3 +462,15 @@ async def test_a_hash_is_the_first_to_go_under_pressure(monkeypatch: pytest.Monk
     assert (begun.hash, begun.missing["hash"]) == (None, "pressure")
     assert "hash" not in ended.missing
     assert len(ended.hash["sha256"]) == 64
+
+
+async def test_what_waits_for_names_is_shown_at_the_end():
+    """
+    A container whose names never come does not take its events with it.
+    """
+    source = FakeSource()
+    async with Watcher(sources=[source], container_wait_ms=60_000) as watcher:
+        collector = Collector(watcher)
+        source.feed(Fork(source_now(), FIRST_PID, 1, cgroup="/docker/" + "a" * 64))  # not decided yet
+        watcher.stop()
+    assert [event.event for event in collector.events] == ["fork", "stop"]
