@@ -85,12 +85,12 @@ def _connect(path: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ConnectionRefusedError) as error:  # refused: the socket of one that was killed
         connection.close()
-        raise ProcwatchError(f"no agent listens on {path}: it needs a sink of type unix") from error
+        raise ProcwatchError(f"no agent listens on {path}: start one, with a sink of type unix") from error
     except OSError as error:
         connection.close()
-        raise ProcwatchError(f"cannot connect to {path}: {os.strerror(error.errno or 0)}") from error
+        raise ProcwatchError(f"cannot connect to {path}: {error.strerror or error}") from error
     return connection
 
 

@@ -100,7 +100,7 @@ class FileSink(QueueSink):
             ) from error
         except OSError as error:
             reason = f"cannot write to {self._path}: {os.strerror(error.errno or 0)}"
-            raise SinkUnavailable(self.name, reason, "make its directory writable") from error
+            raise SinkUnavailable(self.name, reason, "its directory must be there and writable") from error
 
     def _open_file(self) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK  # does not wait for the reader of a FIFO

@@ -102,7 +102,7 @@ class UnixSink(QueueSink):
             self._listener = listener or self._listen()
         except OSError as error:
             reason = f"cannot listen on {self._path}: {os.strerror(error.errno or 0)}"
-            raise SinkUnavailable(self.name, reason, "make its directory writable") from error
+            raise SinkUnavailable(self.name, reason, "its directory must be there and writable") from error
         self._listener.setblocking(False)
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()

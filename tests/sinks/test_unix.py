@@ -196,12 +196,16 @@ async def test_tail_prints_lines_to_the_end(tmp_path: Path):
 
 async def test_tail_says_what_is_wrong(tmp_path: Path):
     """
-    In one line: nobody there, gone in the middle, another format.
+    In one line: nobody there or the socket of one that was killed, no such name, gone in the middle, another format.
     """
-    nobody = await tail("--socket", str(tmp_path / "no"))
-    _, complaints = await nobody.communicate()
-    assert (nobody.returncode, complaints.count(b"\n")) == (1, 1)
-    assert b"no agent listens" in complaints
+    stale = tmp_path / "stale.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as killed:
+        killed.bind(str(stale))
+    for place, why in ((tmp_path / "no", b"no agent"), (stale, b"no agent"), (Path("/" + "x" * 200), b"path too long")):
+        nobody = await tail("--socket", str(place))
+        _, complaints = await nobody.communicate()
+        assert (nobody.returncode, complaints.count(b"\n")) == (1, 1)
+        assert why in complaints
     path = tmp_path / "tail.sock"
     async with opened(UnixSink, path=str(path)) as sink:
         cut = await tail("--socket", str(path))
