@@ -42,7 +42,7 @@ class Filter:
     ) -> None:
         for name, values in (("container", container), ("pod", pod), ("user", user), ("unit", unit), ("exe", exe)):
             if "" in values:
-                raise ConfigError(f"--{name} needs a value")
+                raise ConfigError(f"{name} needs a value")
         self._tests: list[Predicate] = []
         if container:
             self._tests.append(lambda event: _in_container(event, container))
