@@ -47,9 +47,9 @@ def short_way(data: bytes) -> None:
     """
     The same records, written as lines without facts; what is drained in one go, and once more when all is known.
     """
-    way = Way(("exec", "exit"), express=True)
-    for line in way.write([data, data]).splitlines():
-        assert json.loads(line)["event"] in ("exec", "exit")
+    kinds = ("exec", "fork", "exit")
+    for line in Way(kinds, express=True).write([data, data]).splitlines():
+        assert json.loads(line)["event"] in kinds
 
 
 def connector(data: bytes) -> None:
