@@ -33,6 +33,7 @@ from procwatch.table.identity import NS_PER_TICK
 from procwatch.table.table import Table
 from procwatch.wire import bpf_event
 from tests.conftest import need
+from tests.kernel.conftest import times
 from tests.living import NOBODY, elsewhere, living
 
 F = TypeVar("F", bound=Fact)
@@ -505,7 +506,7 @@ class TestExit:
             "int main(void) { pthread_t t; for (int i = 0; i < 30; i++) pthread_create(&t, 0, wait_, 0); return 3; }\n",
         )
         pids = []
-        for _ in range(50):
+        for _ in range(times(50)):
             with subprocess.Popen([program]) as process:
                 pids.append(process.pid)
         facts = until(source, lambda facts: bool(of(facts, Exit, pids[-1])))

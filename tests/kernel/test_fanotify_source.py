@@ -19,9 +19,10 @@ from procwatch.facts import Fact, Lost, Opened
 from procwatch.sources.fanotify import Fanotify
 from procwatch.table.opens import match
 from tests.conftest import need
+from tests.kernel.conftest import EMULATED
 
 WAIT_S = 10
-FLOOD = 2500  # more than the soft limit of descriptors most often is, and than one read takes
+FLOOD = 1200 if EMULATED else 2500  # more than the soft limit of descriptors most often is, and than one read takes
 
 
 @contextmanager

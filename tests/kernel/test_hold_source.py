@@ -20,6 +20,7 @@ import pytest
 from procwatch.facts import NOT_REPORTED, Details, Fact, Lost, Opened
 from procwatch.sources.hold import Hold
 from tests.conftest import need
+from tests.kernel.conftest import times
 
 LONGEST_S = 3.0  # that an exec may wait, whatever happens
 DEADLINE_S = 0.4  # less than the watchdog waits, and enough for an emulated machine to read arguments
@@ -114,12 +115,15 @@ class TestDetails:
         """
         Each of many short lives is told with its own arguments.
         """
-        code = "import os,sys\nfor n in range(500): os.waitpid(os.posix_spawn(sys.argv[1], ['t', str(n)], {}), 0)"
+        count = times(500)
+        code = (
+            f"import os,sys\nfor n in range({count}): os.waitpid(os.posix_spawn(sys.argv[1], ['t', str(n)], {{}}), 0)"
+        )
         spawn(sys.executable, "-S", "-c", code, place / "tiny")
 
         found = [fact.held for fact in opens(source.read())]
 
-        assert [held.argv for held in found if held is not None] == [["t", str(n)] for n in range(500)]
+        assert [held.argv for held in found if held is not None] == [["t", str(n)] for n in range(count)]
 
     def test_execveat(self, source: Hold, place: Path) -> None:
         """
@@ -161,7 +165,7 @@ class TestDetails:
         script.write_text(f"#!{place}/tiny -x\n")
         script.chmod(0o755)
         with holding(place, deadline_s=0.0002) as source:
-            for _ in range(100):
+            for _ in range(times(100)):
                 spawn("./run.sh", "arg", cwd=place)
             found = [fact.held for fact in opens(source.read()) if fact.path == str(place / "tiny")]
 
