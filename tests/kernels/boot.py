@@ -53,10 +53,10 @@ LEFT_OUT = {
     "test_unprivileged.py": "of the command and its ladder; needs strace, which is slow here",
 }
 MEMORY_MB = 2048
-# A machine's time is the count of its instructions, 8 ns each, and jumps over idleness: no test comes late because the
-# host is busy, or stops it for a minute. So it has one processor only (6.1 never starts a second), and the machines run
-# side by side.
-CLOCK = ["-icount", "shift=3,sleep=off"]
+# While a machine works, its time is the count of its instructions, 8 ns each: no test comes late because the host is
+# busy. While it waits, its time is the host's (sleep=off would jump over it, over minutes in wait of a disk).
+# With such a clock 6.1 never starts a second processor: so there is one, and the machines run side by side.
+CLOCK = ["-icount", "shift=3,sleep=on"]
 SECONDS = 1200  # of the host's time, for a machine; an idle host takes a sixth of that
 TEST_SECONDS = 120  # of the machine's time, for a test
 # Without what costs an emulated machine most of its time: flushes at each system call, a fifth level of page tables,
