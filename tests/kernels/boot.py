@@ -47,6 +47,7 @@ MODULES = ["overlay"]
 LEFT_OUT = {
     "test_container_events.py": "of the registry of containers, which reads files that are the same on every kernel",
     "test_containers.py": "of the registry of containers, and takes minutes",
+    "test_faults.py": "of the agent among failing descriptors and other agents, which no kernel changes",
     "test_hostile.py": "of decoders that are the same on every kernel, with thousands of processes",
     "test_loss.py": "fills buffers with tens of thousands of processes, each of which takes 10 ms here",
     "test_storms.py": "thousands of processes, each of which takes 10 ms here",
