@@ -260,6 +260,7 @@ class Watcher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fds: dict[int, Source] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._due_ns: int | None = None  # of the timer "deadline"
         self._subscriptions: list[Subscription] = []
         self._sinks: list[Sink] = []
         self._draft_sinks: list[DraftSink] = []
@@ -540,12 +541,19 @@ class Watcher:
         assert self._pipeline is not None
         assert self._loop is not None
         deadline = self._pipeline.deadline_ns()
+        if deadline == self._due_ns:
+            return
+        self._due_ns = deadline
         timer = self._timers.pop("deadline", None)
         if timer is not None:
             timer.cancel()
         if deadline is not None:
             wait = max((deadline - self._pipeline.clock.now_ns()) / 1e9, 0.001)
-            self._timers["deadline"] = self._loop.call_later(wait, self._turn)
+            self._timers["deadline"] = self._loop.call_later(wait, self._due)
+
+    def _due(self) -> None:
+        self._due_ns = None
+        self._turn()
 
     def _give(self, drafts: list[Event | Draft]) -> None:
         if not drafts:
