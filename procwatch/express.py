@@ -42,6 +42,7 @@ from procwatch.wire.bpf_event import (
     EXEC_RECORD,
     EXEC_SIZE,
     EXIT,
+    EXIT_BRIEF,
     EXIT_RECORD,
     EXIT_SIZE,
     FIRST,
@@ -301,7 +302,7 @@ class Express:
         As Decoder.decode(): in one function, for a call costs a tenth of what a record does, and each step a hundredth.
         """
         decoder, table, lines, tells_exit = self._source.decoder, self._table, self._lines, self._tells_exit
-        unpack_exec, unpack_exit, peaks = EXEC_RECORD.unpack_from, EXIT_RECORD.unpack_from, decoder.peaks
+        unpack_exec, unpack_exit, peaks = EXEC_RECORD.unpack_from, EXIT_BRIEF.unpack_from, decoder.peaks
         unpack_head, tells_fork = HEAD_RECORD.unpack_from, self._tells_fork
         processes, fresh, forks = table.processes, self._fresh, self._forks
         timed, put = self._times.append, self._pieces.extend
@@ -323,10 +324,7 @@ class Express:
                 kind = data[at + 8]
                 own: bytes | None = None  # set when it is plain
                 if kind == EXIT:
-                    # fmt: off
-                    (length, pid, time, start, _, flags,
-                     utime, stime, runtime, peak, group_peak, status, _) = unpack_exit(data, at)
-                    # fmt: on
+                    length, pid, time, start, flags, utime, stime, runtime, peak, status = unpack_exit(data, at)
                     # A record that is busy or discarded has a bit set in its length.
                     if (
                         length == EXIT_SIZE
@@ -357,6 +355,7 @@ class Express:
                         if own is not None:
                             at += _EXIT_STEP
                             if flags & NO_MM:
+                                group_peak = EXIT_RECORD.unpack_from(data, at - _EXIT_STEP)[10]
                                 peak = (decoder.late_peak(pid, group_peak) or 0) // PAGESIZE
                             if not tells_exit:
                                 continue

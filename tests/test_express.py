@@ -97,9 +97,11 @@ def one_record(
     if kind == EXIT:
         status = draw(st.sampled_from([0, 0, 0, 1 << 8, 77 << 8, 11, 0x8B, 9]))
         rss = draw(st.sampled_from([0, 7]))
+        # Kernels before 6.16 give the memory back first, and tell what the process ever had.
+        no_mm, peak = draw(st.sampled_from([(0, 0), (0, 0), (8, 9), (8, 20)]))
         times = draw(st.sampled_from([(0, 0, 5), (4, 4, 6), (0, 3, 9)]))
         return record(
-            kind, pid, time_ns, start_ns, ppid, 0, struct.pack("<QQQQQII16s", *times, rss, 0, status, 0, b"c")
+            kind, pid, time_ns, start_ns, ppid, no_mm, struct.pack("<QQQQQII16s", *times, rss, peak, status, 0, b"c")
         )
     names = draw(
         st.sampled_from([(b"x", b"x", 0)] * 4 + [(b"\xff", b"x", 0), (b"y", b"\xfe", 0), (b"z", b"z", 1 << 6 | 1)])
@@ -139,7 +141,7 @@ class Ring:
     """
 
     def __init__(self) -> None:
-        self.decoder = Decoder()
+        self.decoder = Decoder(peaks=True)
         self.data = b""
 
     def drain(self, walk: Walk) -> Lost | None:
