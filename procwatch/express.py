@@ -66,12 +66,11 @@ _EXIT = _CLEAR + (
     b',"max_rss_bytes":%d}\n'
 )
 _EXIT_NO_RSS = _EXIT.replace(b"{}", b'{"max_rss_bytes":"not_reported"}').replace(b'bytes":%d', b'bytes":null')
-_OWN = b'%d-%d","pid":%d'
 _EXIT_0 = _EXIT.replace(b'"code":%d', b'"code":0').replace(b'system_ns":%d', b'system_ns":0')
 _EXIT_0_NO_RSS = _EXIT_NO_RSS.replace(b'"code":%d', b'"code":0').replace(b'system_ns":%d', b'system_ns":0')
 _FORK_STEP = RING_HEADER + (FORK_SIZE + 7 & ~7)
 _EXIT_STEP = RING_HEADER + (EXIT_SIZE + 7 & ~7)
-PIECES = 8  # of a line
+PIECES = 6  # of a line
 _NO_LINE = (b"",) * PIECES
 _BY_TIME = attrgetter("time_ns")
 _SECOND_NS = 1_000_000_000
@@ -135,7 +134,7 @@ class Common(Struct, gc=False):
     depth: int
     details: Details
     # As they stand in a line.
-    before: bytes  # what is between pid and argv
+    own: bytes  # what is before argv, but for three numbers: pid, start in ticks, pid
     parent_text: bytes  # what is between argv and ns_pid
     where: bytes  # what is behind that
     after: bytes  # both
@@ -148,9 +147,9 @@ class Common(Struct, gc=False):
 
 
 # A process that was born, or at least executed something, in this very drain: its start and its birth (ns; the fork
-# comes a little later), the four pieces of its lines that say who and what it is, what of it is common, its arguments,
+# comes a little later), the three pieces of its lines that say who and what it is, what of it is common, its arguments,
 # and its pid in its own namespace. Most end before they must be made a process of the table.
-Life = tuple[int, int, bytes, bytes, bytes, bytes, Common, bytes, int]
+Life = tuple[int, int, bytes, bytes, bytes, Common, bytes, int]
 
 
 class Express:
@@ -182,7 +181,7 @@ class Express:
         self._lines = lines
         self._tells_exit = tells_exit
         self._tells_fork = tells_fork
-        self._boot = table.boot.encode()
+        self._prefix = (lines.host + b'"id":"' + table.boot.encode() + b"-").replace(b"%", b"%%")
         self._fresh: dict[int, Life] = {}
         self._forks: dict[int, Fork] = {}  # that wait for their exec, by pid
         self._interrupted = False  # something odd came while forks were waiting
@@ -307,8 +306,7 @@ class Express:
         processes, fresh, forks = table.processes, self._fresh, self._forks
         timed, put = self._times.append, self._pieces.extend
         generation, second_ns = self._maker.names.generation, _NEVER_NS
-        host = lines.host + b'"id":"' + self._boot + b"-"
-        last = key_before = before_argv = argv = after_argv = text = b""
+        last = key_before = argv = after_argv = text = b""
         common: Common | None = None
         raw_before: bytes | None = None
         ppid_before, known = -1, len(self._times)
@@ -333,7 +331,7 @@ class Express:
                     ):
                         life = fresh.pop(pid, None)
                         if life is not None:
-                            first, born, own, before_argv, argv, after_argv, _, _, _ = life
+                            first, born, own, argv, after_argv, _, _, _ = life
                             if first != start:
                                 fresh[pid], own = life, None
                         else:
@@ -346,7 +344,7 @@ class Express:
                                 and (context := process.details.line) is not None
                                 and process.details.named == generation
                             ):
-                                own, before_argv, argv, after_argv = who.plain, who.plain_after, b"", context
+                                own, argv, after_argv = who.plain, who.plain_after, context
                                 born = process.born_ns
                                 del processes[pid]
                                 process.ended = True
@@ -402,15 +400,15 @@ class Express:
                                 text, raw_before = _encode(words), raw
                         if common is not None:
                             at = argv_end + 7 & ~7
-                            own, born = _OWN % (pid, start // NS_PER_TICK, pid), start
-                            before_argv, argv, after_argv = common.before, text, common.after
+                            own, born = common.own % (pid, start // NS_PER_TICK, pid), start
+                            argv, after_argv = text, common.after
                             last = _FORKED if flags and not tells_fork else _EXEC
                             if fork is not None:
                                 del forks[pid]
                                 last, born = _FORKED, fork.time_ns
                             if ns_pid != pid:
                                 after_argv = common.with_ns_pid(ns_pid)
-                            fresh[pid] = (start, born, own, before_argv, argv, after_argv, common, raw, ns_pid)
+                            fresh[pid] = (start, born, own, argv, after_argv, common, raw, ns_pid)
                             if peaks is not None:
                                 peaks[pid] = peak
 
@@ -453,7 +451,7 @@ class Express:
                         ns = lines.since_second(time)
                         second_ns, heads = lines.second_ns, {EXEC: lines.head(Exec), EXIT: lines.head(Exit)}
                     stamp = b"%09d" % ns
-                put((heads[kind], stamp, host, own, before_argv, argv, after_argv, last))
+                put((heads[kind], stamp, own, argv, after_argv, last))
                 timed(time)
                 if time < before:
                     self._late = True
@@ -506,8 +504,8 @@ class Express:
             text = b',"argv_truncated":false,"parent":' + _encode(view)
         except UnicodeEncodeError:
             return None
-        before = b',"ppid":%d,"argv":' % ppid
-        return Common(ppid, parent, view, parent.depth + 1, details, before, text, where, text + where)
+        own = self._prefix + b'%%d-%%d","pid":%%d,"ppid":%d,"argv":' % ppid
+        return Common(ppid, parent, view, parent.depth + 1, details, own, text, where, text + where)
 
     def _settle(self) -> None:
         """
@@ -518,13 +516,13 @@ class Express:
         self._fresh.clear()
 
     def _enter(self, pid: int, life: Life) -> None:
-        start, born, own, before_argv, argv_text, after_argv, common, raw, inner_pid = life
+        start, born, own, argv_text, after_argv, common, raw, inner_pid = life
         ticks = start // NS_PER_TICK
         ns_pid = inner_pid if inner_pid != pid else None
         name = f"{self._table.boot}-{pid}-{ticks}"
         argv = arguments(raw)
-        mine = before_argv + argv_text + after_argv[: -len(common.where)]
-        text = b'"id":"%b-%b%b' % (self._boot, own, mine)
+        mine = argv_text + after_argv[: -len(common.where)]
+        text = own[len(self._lines.host) :] + mine
         who = Who(name, pid, common.ppid, argv, False, common.view, ns_pid, None, text, own, mine)
         self._table.processes[pid] = Process(
             pid, ticks, name, common.parent, common.details, common.ppid, argv, False, ns_pid, common.depth, born, who

@@ -176,7 +176,7 @@ class Way:
     """
 
     def __init__(self, kinds: tuple[str, ...], *, express: bool) -> None:
-        self.maker = Maker("host", Clock(offset_ns=0))
+        self.maker = Maker("host 100%d", Clock(offset_ns=0))
         self.lines = Lines(self.maker)
         self.table = Table(boot="0123abcd", maker=self.maker, kinds=kinds)
         known = [
