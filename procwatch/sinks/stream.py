@@ -18,7 +18,8 @@ from procwatch.table.draft import Draft, Maker
 MAX_PENDING = 64 << 20
 # Between two looks whether a file was moved away, and two attempts at one that cannot be written.
 AGAIN_S = 1.0
-# poll(2) says that a pipe is writable when one page of it is free; that much never blocks.
+# poll(2) says that a pipe is writable when one page of it is free; that much never blocks. For where RWF_NOWAIT of
+# pwritev2(2) is not known.
 PIPE_CHUNK = 4096
 
 
@@ -70,6 +71,7 @@ class StreamSink:
         self._on_error = on_error
         self._buffer = bytearray()
         self.file = stat.S_ISREG(os.fstat(fd).st_mode)
+        self._nowait = not self.file
         self._path = path if self.file else None
         self._nameless = False
         self._looked = self._loop.time()
@@ -191,6 +193,8 @@ class StreamSink:
             while done < len(view):
                 if self.file:
                     done += os.write(self._fd, view[done:])
+                elif self._nowait:
+                    done += self._write_now(view[done:])
                 elif self._writable():
                     done += os.write(self._fd, view[done : done + PIPE_CHUNK])
                 else:
@@ -211,6 +215,18 @@ class StreamSink:
         else:
             self.failure = None
         return done
+
+    def _write_now(self, view: bytes | memoryview) -> int:
+        """
+        As much as there is room for, by one call: 64 KiB for a pipe, where a call that may wait is safe with 4 KiB.
+        """
+        try:
+            return os.pwritev(self._fd, [view], -1, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ESPIPE, errno.ENOSYS):
+                raise
+            self._nowait = False  # a terminal; a pipe before Linux 6.4
+            return 0
 
     def _whole(self, written: bytes | memoryview) -> int:
         """

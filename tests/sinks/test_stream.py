@@ -104,10 +104,19 @@ async def test_under_load_lines_gather(pipe: list[int]):
     assert os.read(pipe[0], 4096).count(b"\n") == 2
 
 
-async def test_a_full_pipe_does_not_block_and_loses_nothing(pipe: list[int]):
+@pytest.mark.parametrize("nowait", [True, False])
+async def test_a_full_pipe_does_not_block_and_loses_nothing(
+    nowait: bool, pipe: list[int], monkeypatch: pytest.MonkeyPatch
+):
     """
-    A thousand lines into a page, with a reader that comes later.
+    A thousand lines into a page, with a reader that comes later; where a pipe knows RWF_NOWAIT, and where it does not.
     """
+    if not nowait:
+
+        def refuse(*_: object) -> int:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+        monkeypatch.setattr(os, "pwritev", refuse)
     writer = sink(pipe[1], Closed())
     for number in range(1000):
         writer([lost(number)])
