@@ -73,11 +73,18 @@ def _is_known(user: str) -> bool:
     return True
 
 
+def as_json(form: str, fd: int) -> bool:
+    """
+    Whether native JSON is the format; `auto` asks the descriptor.
+    """
+    return form == "json" or (form == "auto" and not os.isatty(fd))
+
+
 def native_lines(form: str, fd: int, maker: Maker) -> Lines | None:
     """
-    The writer of native JSON, if that is the format; `auto` asks the descriptor.
+    The writer of native JSON, if that is the format.
     """
-    if form != "json" and (form != "auto" or os.isatty(fd)):
+    if not as_json(form, fd):
         return None
     from procwatch.formats import native
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from procwatch.cli.output import cannot_write, colourful, filter_options, format_option, opened, take_filter
+from procwatch.cli.output import as_json, cannot_write, colourful, filter_options, format_option, opened, take_filter
 from procwatch.events import Container, Running
 from procwatch.formats import native
 from procwatch.formats.console import Console
@@ -31,10 +31,9 @@ def ps(form: str, output: str | None, containers: bool, **options: Any) -> None:
     with opened(output) as fd:
         events = snapshot(keep=keep or None, under=options["under"])
         lines = bytearray()
-        as_json = form == "json" or (form == "auto" and not os.isatty(fd))
         if containers:
-            _write_containers(events, as_json, lines)
-        elif as_json:
+            _write_containers(events, as_json(form, fd), lines)
+        elif as_json(form, fd):
             for event in events:
                 native.encode_into(event, lines)
         else:

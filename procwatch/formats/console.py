@@ -44,13 +44,7 @@ class Console:
         What runs now, one line each, below a heading.
         """
         lines = [self._paint(f"{'PID':>7} {'USER':10} {'PARENT':20} {'TTY':6}  COMMAND", "note")]
-        for event in running:
-            user = safe(event.user or ("?" if event.uid is None else str(event.uid)))
-            parent = event.parent
-            by = f"{_base(parent.exe) or parent.comm or '?'}({parent.pid})" if parent else str(event.ppid or "-")
-            place = f"{{{_cut(_name(event.container), 24)}}} " if event.container is not None else ""
-            head = f"{event.pid:>7} {_cut(user, 10):10} {_cut(safe(by), 20):20} {_cut(event.tty or '-', 6):6}"
-            lines.append(f"{head}  {place}{command(event)}")
+        lines += [f"{_who(one)} {_cut(one.tty or '-', 6):6}  {_place(one)}{command(one)}" for one in running]
         return ("\n".join(lines) + "\n").encode("utf-8", "replace")
 
     def encode(self, event: Event) -> bytes:
@@ -70,13 +64,9 @@ class Console:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colour and code else text
 
     def _row(self, event: ProcessEvent, result: str = "", lived: str = "", paint: str | None = None) -> str:
-        user = safe(event.user or ("?" if event.uid is None else str(event.uid)))
-        parent = event.parent
-        by = f"{_base(parent.exe) or parent.comm or '?'}({parent.pid})" if parent else str(event.ppid or "-")
-        place = f"{{{_cut(_name(event.container), 24)}}} " if event.container is not None else ""
-        head = f"{_clock(event)}  {event.event:8} {event.pid:>7} {_cut(user, 10):10} {_cut(safe(by), 20):20}"
+        head = f"{_clock(event)}  {event.event:8} {_who(event)}"
         head = self._paint(f"{head} {result:>12} {lived:>8}", paint or event.event)
-        return f"{head}  {self._blanks(event)}{place}{command(event)}"
+        return f"{head}  {self._blanks(event)}{_place(event)}{command(event)}"
 
     def _blanks(self, event: ProcessEvent) -> str:
         """
@@ -171,8 +161,22 @@ def _clock(event: Event) -> str:
     return time.strftime("%H:%M:%S", time.localtime(seconds)) + f".{ns // 1_000_000:03d}"
 
 
-def _name(container: events.Container) -> str:
-    return safe(container.name or container.id[:12])
+def _who(event: ProcessEvent) -> str:
+    """
+    Pid, user and parent, in columns.
+    """
+    user = safe(event.user or ("?" if event.uid is None else str(event.uid)))
+    parent = event.parent
+    by = f"{_base(parent.exe) or parent.comm or '?'}({parent.pid})" if parent else str(event.ppid or "-")
+    return f"{event.pid:>7} {_cut(user, 10):10} {_cut(safe(by), 20):20}"
+
+
+def _place(event: ProcessEvent) -> str:
+    """
+    The container, before the command; nothing on the host.
+    """
+    container = event.container
+    return f"{{{_cut(safe(container.name or container.id[:12]), 24)}}} " if container is not None else ""
 
 
 def _base(path: str | None) -> str:

@@ -42,7 +42,7 @@ def _part(name: str, first: str, last: str) -> type[Struct]:
 _Context = _part("Context", "exe", "audit_session")
 _Marks = _part("Marks", "missing", "inferred")
 _NO_MARKS: tuple[dict[str, str], Sequence[str], bytes] = {}, [], b""
-_CLEAR = b',"missing":{},"inferred":[]'
+CLEAR = b',"missing":{},"inferred":[]'
 
 
 class Lines:
@@ -83,7 +83,7 @@ class Lines:
         context = details.line
         if context is None or details.named != self._maker.names.generation:
             context = self.context(details)
-        known = _CLEAR
+        known = CLEAR
         if draft.missing or draft.inferred:
             missing, inferred, known = self._marks.get(draft.kind, _NO_MARKS)
             if draft.missing is not missing or draft.inferred is not inferred:
