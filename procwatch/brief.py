@@ -251,9 +251,8 @@ class Brief:
         return out
 
     def _decided(self, pieces: list[bytes], execs: int, exits: int, since_ns: int, until_ns: int) -> Decided:
-        since, until = self._maker.clock.stamp(since_ns), self._maker.clock.stamp(until_ns)
         data = b"".join(pieces)
-        written = Written(time=since, host=self._maker.host, data=data, execs=execs, exits=exits, until=until)
+        written = Written(since_ns=since_ns, until_ns=until_ns, data=data, execs=execs, exits=exits)
         return Decided(since_ns, 0, written)
 
 

@@ -74,21 +74,27 @@ _NO_LINE = (b"",) * PIECES
 _BY_TIME = attrgetter("time_ns")
 _SECOND_NS = 1_000_000_000
 _NEVER_NS = -1 << 62
+# Of an exec: ppid, what is common in the kernel's words and in ours, its arguments in the kernel's words and in ours.
+Before = tuple[int, bytes, "Common | None", bytes | None, bytes]
+_NONE_BEFORE: Before = (-1, b"", None, None, b"")
 
 _encode = Encoder().encode
 
 
 class Written(Event, frozen=True, kw_only=True, tag="written"):
     """
-    Several events, as the lines that they are written as: only for sinks that asked for it. `time` is before all.
+    Several events, as the lines that they are written as: only for sinks that asked for it, which see no `time`.
     """
 
     event: ClassVar[Literal["written"]] = "written"
 
+    time: str = ""
+    host: str = ""
+    since_ns: int  # CLOCK_BOOTTIME; no event is before
+    until_ns: int  # no event is after
     data: bytes
     execs: int
     exits: int
-    until: str  # RFC 3339; after all
 
     @property
     def count(self) -> int:
@@ -137,6 +143,19 @@ class Common(Struct, gc=False):
     parent_text: bytes  # what is between argv and ns_pid
     where: bytes  # what is behind that
     after: bytes  # both
+
+    def holds(self, parent: Process | None, generation: int) -> bool:
+        """
+        Whether it is still so, with who has the parent's pid now.
+        """
+        details = self.details
+        return (
+            parent is self.parent
+            and parent.view is self.view
+            and parent.depth < self.depth
+            and details.named == generation
+            and details.line is self.where
+        )
 
     def with_ns_pid(self, ns_pid: int) -> bytes:
         """
@@ -188,8 +207,14 @@ class Express:
         self._times: list[int] = []
         self._pieces: list[bytes] = []
         self._odd: dict[int, list[Event | Draft]] = {}
+        self._exits = 0  # of the lines among them
         self._late = False  # each CPU writes for itself, so some records of different processes overtake others
         self._records = 0
+        # What the last drain ended with, for the next one: the second of the clock and what lines begin with in it,
+        # and the exec before.
+        self._second_ns = _NEVER_NS
+        self._heads = {EXEC: b"", EXIT: b""}
+        self._last = _NONE_BEFORE
         self.until_ns: int | None = None  # of the last fact; None: there was none
 
     def take(self) -> list[Event | Draft]:
@@ -200,12 +225,14 @@ class Express:
         self.until_ns = None
         if self._table.holds:
             return out + self._by_table()
-        waiting = set(self._forks)
+        waiting = set(self._forks) if self._forks else ()
         self._records = 0
         lost = self._source.drain(self._walk)
         if self._records or self._interrupted or self._forks:
             self._source.took(self._records)
-            if self._forks and (self._interrupted or not waiting.isdisjoint(self._forks)):
+            if not self._forks:
+                self._tell_all(out)
+            elif self._interrupted or any(pid in self._forks for pid in waiting):
                 self.finish()
                 out += self._table.flush_drafts(0)
             else:
@@ -252,6 +279,19 @@ class Express:
         first_ns = min(self._forks[pid].time_ns for pid in pids)
         return [at for at in order if times[at] < first_ns]
 
+    def _tell_all(self, out: list[Event | Draft]) -> None:
+        """
+        Give out all, in the short way if it is in order.
+        """
+        times = self._times
+        if self._odd or self._late or not times:
+            self._tell(self._before(()), out)
+            return
+        data, exits = b"".join(self._pieces), self._exits
+        execs = len(times) - exits
+        out.append(Written(since_ns=times[0], until_ns=times[-1], data=data, execs=execs, exits=exits))
+        self._times, self._pieces, self._exits = [], [], 0
+
     def _tell(self, order: Sequence[int], out: list[Event | Draft]) -> None:
         """
         Give out what is at these places, and forget it.
@@ -286,14 +326,11 @@ class Express:
         """
         The lines of these facts, as one.
         """
-        pieces = self._pieces
-        if self._late or len(run) < len(self._times):
-            pieces = [piece for at in run for piece in pieces[PIECES * at : PIECES * at + PIECES]]
-        heads = pieces[::PIECES]
-        exits = sum(heads.count(head) for head in set(heads) if head.startswith(b'{"event":"exit"'))
-        since, until = (self._maker.clock.stamp(self._times[at]) for at in (run[0], run[-1]))
-        data, execs = b"".join(pieces), len(run) - exits
-        return Written(time=since, host=self._maker.host, data=data, execs=execs, exits=exits, until=until)
+        pieces = [piece for at in run for piece in self._pieces[PIECES * at : PIECES * at + PIECES]]
+        exits = sum(head.startswith(b'{"event":"exit"') for head in pieces[::PIECES])
+        self._exits -= exits
+        since_ns, until_ns = self._times[run[0]], self._times[run[-1]]
+        return Written(since_ns=since_ns, until_ns=until_ns, data=b"".join(pieces), execs=len(run) - exits, exits=exits)
 
     def _walk(self, data: Bytes, at: int, end: int, most: int) -> int:
         """
@@ -306,13 +343,13 @@ class Express:
         unpack_head, tells_fork = HEAD_RECORD.unpack_from, self._tells_fork
         processes, fresh, forks = table.processes, self._fresh, self._forks
         timed, put = self._times.append, self._pieces.extend
-        generation, second_ns = self._maker.names.generation, _NEVER_NS
-        last = key_before = argv = after_argv = text = b""
-        common: Common | None = None
-        raw_before: bytes | None = None
-        ppid_before, known = -1, len(self._times)
-        before = self._times[-1] if self._times else 0
-        heads = {EXEC: b"", EXIT: b""}
+        generation, second_ns, heads = self._maker.names.generation, self._second_ns, self._heads
+        last = argv = after_argv = b""
+        ppid_before, key_before, common, raw_before, text = self._last
+        if common is None or not common.holds(processes.get(ppid_before), generation):
+            ppid_before = -1
+        known, exits = len(self._times), 0
+        before = self._times[-1] if known else 0
 
         try:
             for _ in range(most):
@@ -356,6 +393,7 @@ class Express:
                                 peak = (decoder.late_peak(pid, group_peak) or 0) // PAGESIZE
                             if not tells_exit:
                                 continue
+                            exits += 1
                             if stime or status:
                                 user, system = cpu_times(utime, stime, runtime)
                                 used = (status >> 8, time - born, user, system)
@@ -440,7 +478,7 @@ class Express:
                     if table.holds:
                         self._interrupted = True
                         break
-                    ppid_before, second_ns, before = -1, _NEVER_NS, self._times[-1] if self._times else 0
+                    ppid_before, before = -1, self._times[-1] if self._times else 0
                     continue
                 ns = time - second_ns
                 if 100_000_000 <= ns < _SECOND_NS:
@@ -459,6 +497,9 @@ class Express:
             raise DecodeError("the last record is cut") from None
         finally:
             self._settle()
+            self._exits += exits
+            self._second_ns, self._heads = second_ns, heads
+            self._last = ppid_before, key_before, common, raw_before, text
             self._records += len(self._times) - known
             if len(self._times) > known:
                 self.until_ns = max(self._times[-1], self.until_ns or 0)

@@ -17,7 +17,7 @@ import logging
 import os
 import resource
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from operator import attrgetter
@@ -225,7 +225,7 @@ class Pipeline:
         self.finished = False
         self._limit = limit
         self._strict = strict
-        self._counts: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
         self._lost = 0
         self._proc_reads = self._proc_hits = 0
         self._wanderers = [source for source in sources if isinstance(source, Wandering)]
@@ -405,13 +405,10 @@ class Pipeline:
         """
         When `turn()` has something to do though no source has anything, CLOCK_BOOTTIME, or None.
         """
-        whens = [self._resync_ns, self._look_ns, self.table.deadline_ns() or NEVER_NS, self._held_until_ns()]
-        when = min(whens)
+        when = min(self._resync_ns, self._look_ns, self.table.deadline_ns() or NEVER_NS)
+        if self._held:
+            when = min(when, self._held[0][0] + max(self._name_wait_ns, self._hash_wait_ns, CLEAR_WAIT_NS))
         return when if when != NEVER_NS else None
-
-    def _held_until_ns(self) -> int:
-        wait_ns = max(self._name_wait_ns, self._hash_wait_ns, CLEAR_WAIT_NS)
-        return self._held[0][0] + wait_ns if self._held else NEVER_NS
 
     def is_ending(self, identity: str) -> bool:
         """
@@ -441,7 +438,7 @@ class Pipeline:
             Stop(
                 time=self.clock.stamp(now),
                 host=self._host,
-                counts={kind: n for kind, n in self._counts.items() if kind != "ready"},
+                counts={kind: n for kind, n in self._counts.items() if n and kind != "ready"},
                 lost=self._lost,
                 duration_ns=now - self.started_ns,
                 cpu_ns=time.process_time_ns() - self._cpu_ns,
@@ -474,7 +471,7 @@ class Pipeline:
         Counters so far.
         """
         return Stats(
-            events=dict(self._counts),
+            events={kind: n for kind, n in self._counts.items() if n},
             lost=self._lost,
             processes=len(self.table.processes),
             sources={source.name: source.stats() for source in self.sources},
@@ -548,6 +545,8 @@ class Pipeline:
         """
         Those that may go now, that are wanted, counted.
         """
+        if not (self._held or any(type(draft) is not Written for draft in drafts)):
+            return self._count(drafts)
         if self._inspector is not None:
             for draft in drafts:
                 if isinstance(draft, Draft) and not draft.details.inspected:
@@ -611,15 +610,14 @@ class Pipeline:
             if self.finished:
                 return events[:at]
             if type(event) is Written:
-                for kind, count in (("exec", event.execs), ("exit", event.exits)):
-                    if count:
-                        counts[kind] = counts.get(kind, 0) + count
+                counts["exec"] += event.execs
+                counts["exit"] += event.exits
                 continue
-            counts[event.event] = counts.get(event.event, 0) + 1
+            counts[event.event] += 1
             if self._limit is not None and type(event) not in _UNLIMITED:
                 self._limit -= 1
                 self.finished = self._limit <= 0
-        if self._strict and "lost" in counts:
+        if self._strict and counts["lost"]:
             self.finished = True
         return events
 

@@ -131,7 +131,7 @@ class Agent:
                 self.short += draft.count
                 self.text += draft.data
                 assert draft.data.count(b"\n") == draft.count
-                assert draft.time <= draft.until
+                assert draft.since_ns <= draft.until_ns
             else:
                 self.lines.encode_into(draft, self.text)
 

@@ -216,7 +216,7 @@ class Way:
                 if isinstance(item, Written):
                     assert item.data.count(b"\n") == item.count
                     assert item.data.count(b'{"event":"exit"') == item.exits
-                    assert item.time <= item.until
+                    assert item.since_ns <= item.until_ns
                     self.short += item.count
                     out += item.data
                 else:

@@ -248,16 +248,18 @@ class StreamSink:
             self._dropped = None
 
     def _drop(self, item: Event | Draft) -> None:
-        event = self._maker.event(item)
-        count, until = (event.count, event.until) if isinstance(event, Written) else (1, event.time)
+        if isinstance(item, Written):
+            count, since, until = item.count, *map(self._maker.clock.stamp, (item.since_ns, item.until_ns))
+        else:
+            count, since, until = 1, *[self._maker.event(item).time] * 2
         self.lost += count
         first = self._dropped
         self._dropped = Lost(
             time=until,
-            host=event.host,
+            host=self._maker.host,
             count=count + (first.count if first is not None else 0),
             exact=True,
             where="sink",
-            since=first.since if first is not None else event.time,
+            since=first.since if first is not None else since,
             until=until,
         )

@@ -166,6 +166,8 @@ class Table:
         if self._doubtful:
             self._settle_doubts(now_ns)
         ready: list[Event | Draft] = []
+        if not out:
+            return ready
         if not self._undecided:
             for item in out:
                 if type(item) is not _Held:
@@ -199,6 +201,8 @@ class Table:
         """
         When `flush()` will have something though no fact comes, or None.
         """
+        if not (self._out or self._doubtful):
+            return None
         head = self._out[0] if self._out else None
         times = [head.deadline_ns] if type(head) is _Held else []
         if self._doubtful:

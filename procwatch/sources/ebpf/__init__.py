@@ -224,7 +224,26 @@ class Ebpf:
         ring, counters = self._ring, self._counters
         assert ring is not None, "open() comes first"
         assert counters is not None
-        return self._newly_lost(counters) if self._emptied(ring, walk) else None
+        lost = None
+        for _ in range(MOST // BATCH):
+            begin, end = ring.pending()
+            if begin == end:
+                break
+            try:
+                stop = walk(ring.data, begin, end, BATCH)
+            except DecodeError:
+                self._stats["undecoded"] += 1
+                stop = end
+            ring.release(stop - begin)
+            if stop == begin:  # still being written: the next wake-up is for it
+                break
+            if stop == end:
+                lost = self._newly_lost(counters)
+                if lost is None:  # else what had room meanwhile comes first
+                    return None
+        else:  # there may be more
+            return lost
+        return lost or self._newly_lost(counters)
 
     def took(self, facts: int) -> None:
         """
@@ -233,24 +252,6 @@ class Ebpf:
         if facts:
             self._stats["wakeups"] += 1
             self._stats["facts"] += facts
-
-    def _emptied(self, ring: Ring, walk: Walk) -> bool:
-        """
-        Read until the ring was seen empty; False when there may be more.
-        """
-        for _ in range(MOST // BATCH):
-            begin, end = ring.pending()
-            if begin == end:
-                return True
-            try:
-                stop = walk(ring.data, begin, end, BATCH)
-            except DecodeError:
-                self._stats["undecoded"] += 1
-                stop = end
-            ring.release(stop - begin)
-            if stop == begin:  # still being written: the next wake-up is for it
-                return True
-        return False
 
     def _newly_lost(self, counters: Counters) -> Lost | None:
         now, since = time.clock_gettime_ns(time.CLOCK_BOOTTIME), self._last_ns
