@@ -47,8 +47,8 @@ FORK_SIZE = _AFTER_HEAD - RING_HEADER  # of one in its parent's cgroup
 EXEC_RECORD = struct.Struct(HEAD_RECORD.format + "QIIII")
 # utime, stime, runtime, rss, maxrss; status; comm
 EXIT_RECORD = struct.Struct(HEAD_RECORD.format + "QQQQQI4x16s")
-# The same without ppid, maxrss and comm, which an exit that goes the short way has no use for.
-EXIT_BRIEF = struct.Struct("<I4x4xIQQ4xIQQQQ8xI4x16x")
+# The same with the kind, and without ppid and comm, which an exit that goes the short way has no use for.
+EXIT_BRIEF = struct.Struct("<I4xIIQQ4xIQQQQQI4x16x")
 EXEC_SIZE, EXIT_SIZE = EXEC_RECORD.size, EXIT_RECORD.size - RING_HEADER
 _FAILED = struct.Struct(HEAD_RECORD.format + "I4x")
 # inode, size, dev; uid gid euid egid auid session tty flags; namespaces; comm; lengths of exe, cwd, cgroup, file
