@@ -783,6 +783,21 @@ class TestLoss:
 
         assert (lost.count, lost.kinds) == (3, {"exit": 3})
 
+    def test_more_behind_a_loss(self, source: Ebpf, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+        """
+        A loss is told though records came while it was found.
+        """
+        losses = iter([Lost(1, 0, "ring_buffer", 3, True, 0, 1)])
+
+        def newly_lost(counters: object) -> Lost | None:
+            subprocess.run([tiny], check=True)
+            return next(losses, None)
+
+        monkeypatch.setattr(source, "_newly_lost", newly_lost)
+        subprocess.run([tiny], check=True)
+
+        assert [fact.count for fact in source.read() if isinstance(fact, Lost)] == [3]
+
     def test_lost_part_of_arguments(self, tiny: Path):
         """
         Arguments of which a part was dropped are not told at all.

@@ -238,6 +238,8 @@ class Ebpf:
             if stop == begin:  # still being written: the next wake-up is for it
                 break
             if stop == end:
+                if lost is not None:
+                    return lost
                 lost = self._newly_lost(counters)
                 if lost is None:  # else what had room meanwhile comes first
                     return None
