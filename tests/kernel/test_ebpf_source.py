@@ -908,7 +908,7 @@ class TestLoading:
         with opened():
             pass
         # A tracepoint that does not exist: the programs load, and cannot be attached.
-        monkeypatch.setattr(Ebpf, "_programs", lambda self: [("no_such_point", "on_exec")])
+        monkeypatch.setattr(Ebpf, "_programs", lambda self: [("on_exec_failed", "no_such_point")])
         with pytest.raises(SourceUnavailable, match="attach no_such_point"):
             Ebpf().open()
         # A loader program that ends at once with an error.

@@ -51,7 +51,7 @@ Walk = Callable[[Bytes, int, int, int], int]
 
 class Ebpf:
     """
-    Raw tracepoints of the scheduler, read through a ring buffer.
+    Tracepoints of the scheduler, read through a ring buffer.
 
     Args:
         buffer_bytes: Size of the ring; rounded up to a power of two.
@@ -149,8 +149,8 @@ class Ebpf:
                 stack.callback(ring.close)
                 counters = Counters(loaded.maps["counters"])
                 stack.callback(counters.close)
-                for tracepoint, program in self._programs():
-                    stack.callback(os.close, loader.attach(tracepoint, loaded.programs[program]))
+                for program, tracepoint in self._programs():
+                    stack.callback(os.close, loader.attach(loaded.programs[program], tracepoint))
             except loader.LoadError as error:
                 raise self._refused(error) from error
             except OSError as error:
@@ -163,12 +163,15 @@ class Ebpf:
             self._closing = stack.pop_all()
             self._births = Births(self._born) if self._forks else None
 
-    def _programs(self) -> list[tuple[str, str]]:
-        programs = [("sched_process_exec", "on_exec"), ("sched_process_exit", "on_exit")]
+    def _programs(self) -> list[tuple[str, str | None]]:
+        """
+        Which to run, and at which tracepoint where their types do not say it.
+        """
+        programs: list[tuple[str, str | None]] = [("on_exec", None), ("on_exit", None)]
         if self._forks:
-            programs += [("sched_process_fork", "on_fork"), ("task_newtask", "on_worker")]
+            programs += [("on_fork", None), ("on_worker", None)]
         if self._exec_failed:
-            programs.append(("sys_exit", "on_exec_failed"))
+            programs.append(("on_exec_failed", "sys_exit"))
         return programs
 
     def _settings(self) -> bytes:

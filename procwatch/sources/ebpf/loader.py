@@ -104,12 +104,17 @@ def create_array(value_bytes: int) -> int:
     return bpf(MAP_CREATE, struct.pack("<4I56x", MAP_TYPE_ARRAY, 4, value_bytes, 1), "create a map")[0]
 
 
-def attach(tracepoint: str, program: int) -> int:
+def attach(program: int, tracepoint: str | None = None) -> int:
     """
-    Run `program` at the raw tracepoint until the returned descriptor is closed.
+    Run `program` at its raw tracepoint until the returned descriptor is closed.
+
+    Args:
+        program: Its descriptor.
+        tracepoint: Where; None for a program whose types say it ("tp_btf").
     """
-    name = ctypes.create_string_buffer(tracepoint.encode())
-    return bpf(RAW_TRACEPOINT_OPEN, struct.pack("<QII", ctypes.addressof(name), program, 0), f"attach {tracepoint}")[0]
+    name = ctypes.create_string_buffer(tracepoint.encode()) if tracepoint else None
+    at = ctypes.addressof(name) if name else 0
+    return bpf(RAW_TRACEPOINT_OPEN, struct.pack("<QII", at, program, 0), f"attach {tracepoint or 'a program'}")[0]
 
 
 def missed(program: int) -> int:

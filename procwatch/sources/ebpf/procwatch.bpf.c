@@ -2,8 +2,12 @@
 /*
  * One record for each exec, fork and exit, complete at the moment that it happens.
  *
- * Raw tracepoints only: they are in every kernel, where kprobes and fentry may be configured out. What each record
+ * Tracepoints of the scheduler only: they are in every kernel, where kprobes and fentry may be configured out. What each record
  * holds, and how it is laid out, is in docs/ebpf.md and procwatch/wire/bpf_event.py; the three must agree.
+ *
+ * They are "tp_btf" and not "raw_tp": the arguments have types, so a field is a load that the verifier has checked, where
+ * a call of bpf_probe_read_kernel() takes ten times as long. What was in map memory or comes from a cast has lost its
+ * type, and is read with BPF_CORE_READ.
  *
  * State of the loops lives in map memory and not on the stack: verifiers before 6.8 look at the body of a bpf_loop()
  * once only and would believe what they saw there.
@@ -41,6 +45,7 @@ enum flag {
 
 #define NAME 256 /* NAME_MAX and its NUL */
 #define STRING 4096 /* PATH_MAX */
+#define SHORT 8 /* components of a path that needs no loop */
 #define STEPS 512 /* components and mounts of one path */
 #define PART 8192 /* arguments in one record; longer ones send ARGV records ahead */
 #define STRINGS (4 * (STRING + NAME))
@@ -220,9 +225,9 @@ static __always_inline void fill_head(struct head *head, enum kind kind, struct 
 {
 	head->kind = kind;
 	head->time = bpf_ktime_get_boot_ns();
-	head->pid = BPF_CORE_READ(task, tgid);
-	head->start = BPF_CORE_READ(task, group_leader, start_boottime);
-	head->ppid = BPF_CORE_READ(task, real_parent, tgid);
+	head->pid = task->tgid;
+	head->start = task->group_leader->start_boottime;
+	head->ppid = task->real_parent->tgid;
 	head->extra = 0;
 }
 
@@ -233,11 +238,15 @@ static __always_inline void fill_head(struct head *head, enum kind kind, struct 
  */
 static __always_inline void announce(struct task_struct *task)
 {
-	struct head head;
+	u64 start = BPF_CORE_READ(task, group_leader, start_boottime);
+	struct head head = {
+		.kind = FORK,
+		.time = start,
+		.pid = BPF_CORE_READ(task, tgid),
+		.start = start / settings.ns_per_tick,
+		.ppid = BPF_CORE_READ(task, real_parent, tgid),
+	};
 
-	fill_head(&head, FORK, task);
-	head.time = head.start;
-	head.start /= settings.ns_per_tick;
 	if (bpf_ringbuf_output(&ring, &head, sizeof(head), 0))
 		count_lost(FORK);
 }
@@ -260,7 +269,7 @@ static long child_step(u32 i, struct children **ctx)
 static __always_inline void announce_children(struct task_struct *task, u32 slot)
 {
 	struct list_head *end = (void *)task + bpf_core_field_offset(struct task_struct, children);
-	struct list_head *next = BPF_CORE_READ(task, children.next);
+	struct list_head *next = task->children.next;
 	struct children *c;
 
 	if (settings.every_fork || next == end)
@@ -325,13 +334,25 @@ static long path_step(u32 i, struct exec_scratch **ctx)
 	return 0;
 }
 
-/* Append a path; false when it was cut. */
+/*
+ * Append a path; false when it was cut. Most are short and do not leave their mount: their dentries are walked here,
+ * where each is a load, and the loop above, where each is a call of a helper, does the rest.
+ */
 static __always_inline bool append_path(struct exec_scratch *s, struct vfsmount *vfsmnt, struct dentry *dentry)
 {
-	s->str.dentry = dentry;
+	struct dentry *root = vfsmnt->mnt_root, *parent;
+	u32 i;
+
 	s->str.mnt = (void *)vfsmnt - bpf_core_field_offset(struct mount, mnt);
-	s->str.root = BPF_CORE_READ(vfsmnt, mnt_root);
+	s->str.root = root;
 	begin(&s->str);
+	for (i = 0; i < SHORT && dentry != root; i++) {
+		parent = dentry->d_parent;
+		if (parent == dentry || !append(&s->str, s->buf, dentry->d_name.name))
+			break;
+		dentry = parent;
+	}
+	s->str.dentry = dentry;
 	bpf_loop(STEPS, path_step, &s, 0);
 	return s->str.done;
 }
@@ -414,17 +435,17 @@ static long search_step(u32 i, struct cgroup_search **ctx)
 /* The cgroup that says most: of v2, or where that is the root, of the first v1 hierarchy that is not at its root. */
 static __always_inline struct cgroup *pick_cgroup(struct css_set *set, u32 slot)
 {
-	struct cgroup *cgroup = BPF_CORE_READ(set, dfl_cgrp);
+	struct cgroup *cgroup = set->dfl_cgrp;
 	struct cgroup_search *s;
 
-	if (BPF_CORE_READ(cgroup, level) > 0)
+	if (cgroup->level > 0)
 		return cgroup;
 	s = entry(&search, slot);
 	if (!s)
 		return cgroup;
 	s->best = cgroup;
 	s->rank = 100;
-	s->next = BPF_CORE_READ(set, cgrp_links.next);
+	s->next = set->cgrp_links.next;
 	s->end = (void *)set + bpf_core_field_offset(struct css_set, cgrp_links);
 	bpf_loop(64, search_step, &s, 0);
 	return s->best;
@@ -434,7 +455,7 @@ static __always_inline struct cgroup *pick_cgroup(struct css_set *set, u32 slot)
 static __always_inline bool append_cgroup(struct strings *str, char *buf, struct task_struct *task, u32 slot)
 {
 	struct cgroup_walk walk = { .str = str, .buf = buf };
-	struct cgroup *cgroup = pick_cgroup(BPF_CORE_READ(task, cgroups), slot);
+	struct cgroup *cgroup = pick_cgroup(task->cgroups, slot);
 
 	str->kn = BPF_CORE_READ(cgroup, kn);
 	begin(str);
@@ -444,77 +465,84 @@ static __always_inline bool append_cgroup(struct strings *str, char *buf, struct
 
 static __always_inline void fill_ids(struct exec_record *rec, struct task_struct *task, const struct cred *cred)
 {
-	struct signal_struct *signal = BPF_CORE_READ(task, signal);
-	struct tty_struct *tty = BPF_CORE_READ(signal, tty);
+	struct signal_struct *signal = task->signal;
+	struct tty_struct *tty = signal->tty;
 	struct tty_driver *driver;
 	u32 minor;
 
-	rec->uid = BPF_CORE_READ(cred, uid.val);
-	rec->gid = BPF_CORE_READ(cred, gid.val);
-	rec->euid = BPF_CORE_READ(cred, euid.val);
-	rec->egid = BPF_CORE_READ(cred, egid.val);
+	rec->uid = cred->uid.val;
+	rec->gid = cred->gid.val;
+	rec->euid = cred->euid.val;
+	rec->egid = cred->egid.val;
 	rec->auid = -1;
 	if (bpf_core_field_exists(task->loginuid))
-		rec->auid = BPF_CORE_READ(task, loginuid.val);
-	rec->session = BPF_CORE_READ(signal, pids[PIDTYPE_SID], numbers[0].nr);
-	rec->maxrss = BPF_CORE_READ(signal, maxrss);
+		rec->auid = task->loginuid.val;
+	rec->session = signal->pids[PIDTYPE_SID]->numbers[0].nr;
+	rec->maxrss = signal->maxrss;
 	rec->tty = 0;
 	if (tty) {
-		driver = BPF_CORE_READ(tty, driver);
-		minor = BPF_CORE_READ(driver, minor_start) + BPF_CORE_READ(tty, index);
-		rec->tty = (minor & 0xff) | BPF_CORE_READ(driver, major) << 8 | (minor & ~0xff) << 12; /* new_encode_dev() */
+		driver = tty->driver;
+		minor = driver->minor_start + tty->index;
+		rec->tty = (minor & 0xff) | driver->major << 8 | (minor & ~0xff) << 12; /* new_encode_dev() */
 	}
 	bpf_core_read(rec->comm, sizeof(rec->comm), &task->comm);
 }
 
 static __always_inline void fill_namespaces(struct exec_record *rec, struct task_struct *task, const struct cred *cred)
 {
-	struct nsproxy *ns = BPF_CORE_READ(task, nsproxy);
-	struct pid *pid = BPF_CORE_READ(task, thread_pid);
-	struct upid *own = (void *)pid + bpf_core_field_offset(struct pid, numbers) +
-			   BPF_CORE_READ(pid, level) * bpf_core_type_size(struct upid);
+	struct nsproxy *ns = task->nsproxy;
+	struct pid *pid = task->thread_pid;
+	u64 level = pid->level, at;
+	struct upid *own;
 
-	rec->ns_pid = BPF_CORE_READ(own, nr);
-	rec->ns[0] = BPF_CORE_READ(own, ns, ns.inum);
-	rec->ns[1] = BPF_CORE_READ(ns, mnt_ns, ns.inum);
-	rec->ns[2] = BPF_CORE_READ(cred, user_ns, ns.inum);
-	rec->ns[3] = BPF_CORE_READ(ns, net_ns, ns.inum);
-	rec->ns[4] = BPF_CORE_READ(ns, uts_ns, ns.inum);
-	rec->ns[5] = BPF_CORE_READ(ns, ipc_ns, ns.inum);
-	rec->ns[6] = BPF_CORE_READ(ns, cgroup_ns, ns.inum);
+	if (!level) {
+		rec->ns_pid = pid->numbers[0].nr;
+		rec->ns[0] = pid->numbers[0].ns->ns.inum;
+	} else {
+		/* With an index it takes helpers; the level is 32 at most, and verifiers of 6.1 want to see a bound. */
+		at = level * bpf_core_type_size(struct upid) & 0xfff;
+		own = (void *)pid + bpf_core_field_offset(struct pid, numbers) + at;
+		rec->ns_pid = BPF_CORE_READ(own, nr);
+		rec->ns[0] = BPF_CORE_READ(own, ns, ns.inum);
+	}
+	rec->ns[1] = ns->mnt_ns->ns.inum;
+	rec->ns[2] = cred->user_ns->ns.inum;
+	rec->ns[3] = ns->net_ns->ns.inum;
+	rec->ns[4] = ns->uts_ns->ns.inum;
+	rec->ns[5] = ns->ipc_ns->ns.inum;
+	rec->ns[6] = ns->cgroup_ns->ns.inum;
 	rec->ns[7] = 0;
 	if (bpf_core_field_exists(ns->time_ns))
-		rec->ns[7] = BPF_CORE_READ(ns, time_ns, ns.inum);
+		rec->ns[7] = ns->time_ns->ns.inum;
 }
 
 static __always_inline u32 fill_file(struct exec_record *rec, struct file *file)
 {
-	struct inode *inode = BPF_CORE_READ(file, f_inode);
-	u32 dev = BPF_CORE_READ(inode, i_sb, s_dev), major = dev >> 20, minor = dev & 0xfffff;
+	struct inode *inode = file->f_inode;
+	u32 dev = inode->i_sb->s_dev, major = dev >> 20, minor = dev & 0xfffff;
 
-	rec->inode = BPF_CORE_READ(inode, i_ino);
-	rec->size = BPF_CORE_READ(inode, i_size);
+	rec->inode = inode->i_ino;
+	rec->size = inode->i_size;
 	rec->dev = (major & 0xfff) << 8 | (u64)(major & ~0xfff) << 32 | (minor & 0xff) | (u64)(minor & ~0xff) << 12;
 	/* d_unlinked(): /proc/PID/exe says " (deleted)" also when the file has another name left. */
-	return !BPF_CORE_READ(inode, i_nlink) || !BPF_CORE_READ(file, f_path.dentry, d_hash.pprev) ? EXE_DELETED : 0;
+	return !inode->i_nlink || !file->f_path.dentry->d_hash.pprev ? EXE_DELETED : 0;
 }
 
 /* What the file's mode or capabilities gave. per_clear is set when the kernel honoured any of them. */
 static __always_inline u32 privileges(struct exec_record *rec, struct linux_binprm *bprm, const struct cred *cred)
 {
-	u32 mode = BPF_CORE_READ(bprm, file, f_inode, i_mode), flags = 0, root = 0;
-	struct user_namespace *user_ns = BPF_CORE_READ(cred, user_ns);
+	u32 mode = bprm->file->f_inode->i_mode, flags = 0, root = 0;
+	struct user_namespace *user_ns = cred->user_ns;
 	u64 permitted, ambient;
 
-	if (BPF_CORE_READ(bprm, per_clear)) {
+	if (bprm->per_clear) {
 		if (mode & S_ISUID && rec->euid != rec->uid)
 			flags |= SETUID;
 		if ((mode & (S_ISGID | S_IXGRP)) == (S_ISGID | S_IXGRP) && rec->egid != rec->gid)
 			flags |= SETGID;
 	}
 	/* Root, also that of a user namespace, has capabilities from its uid and not from the file. */
-	root = BPF_CORE_READ(user_ns, uid_map.extent[0].first) ? -1 :
-								 BPF_CORE_READ(user_ns, uid_map.extent[0].lower_first);
+	root = user_ns->uid_map.extent[0].first ? -1 : user_ns->uid_map.extent[0].lower_first;
 	if (rec->uid == root || rec->euid == root)
 		return flags;
 	bpf_core_read(&permitted, sizeof(permitted), &cred->cap_permitted);
@@ -547,7 +575,7 @@ static long argv_step(u32 i, struct exec_scratch **ctx)
 
 static __always_inline u32 append_argv(struct exec_scratch *s, struct mm_struct *mm)
 {
-	u64 begin = BPF_CORE_READ(mm, arg_start), size = BPF_CORE_READ(mm, arg_end) - begin;
+	u64 begin = mm->arg_start, size = mm->arg_end - begin;
 	u32 flags = 0, off, left;
 
 	if (size > settings.argv_limit) {
@@ -576,18 +604,18 @@ static __always_inline u32 append_strings(struct exec_scratch *s, struct task_st
 					  struct file *file)
 {
 	struct exec_record *rec = &s->rec;
-	struct fs_struct *fs = BPF_CORE_READ(task, fs);
+	struct fs_struct *fs = task->fs;
 	u32 flags = 0, from;
 	long n;
 
 	s->str.off = 0;
-	if (!append_path(s, BPF_CORE_READ(file, f_path.mnt), BPF_CORE_READ(file, f_path.dentry)))
+	if (!append_path(s, file->f_path.mnt, file->f_path.dentry))
 		flags |= EXE_CUT;
 	if (s->str.detached)
 		flags |= EXE_DETACHED;
 	rec->exe_len = from = s->str.off;
 
-	if (!append_path(s, BPF_CORE_READ(fs, pwd.mnt), BPF_CORE_READ(fs, pwd.dentry)))
+	if (!append_path(s, fs->pwd.mnt, fs->pwd.dentry))
 		flags |= CWD_CUT;
 	rec->cwd_len = s->str.off - from;
 	from = s->str.off;
@@ -600,7 +628,7 @@ static __always_inline u32 append_strings(struct exec_scratch *s, struct task_st
 	rec->file_len = 0;
 	if (from > STRINGS - STRING)
 		return flags | FILE_CUT;
-	n = bpf_probe_read_kernel_str(s->buf + from, STRING, BPF_CORE_READ(bprm, filename));
+	n = bpf_probe_read_kernel_str(s->buf + from, STRING, bprm->filename);
 	if (n <= 0)
 		return flags;
 	rec->file_len = n - 1;
@@ -608,7 +636,7 @@ static __always_inline u32 append_strings(struct exec_scratch *s, struct task_st
 	return n == STRING ? flags | FILE_CUT : flags;
 }
 
-SEC("raw_tp/sched_process_exec")
+SEC("tp_btf/sched_process_exec")
 int on_exec(struct raw_args *ctx)
 {
 	struct task_struct *task = (void *)ctx->args[0];
@@ -625,20 +653,20 @@ int on_exec(struct raw_args *ctx)
 	if (s->rec.head.pid == settings.mute_pid)
 		return 0;
 	announce_children(task, 0);
-	cred = BPF_CORE_READ(task, cred);
-	file = BPF_CORE_READ(bprm, file);
+	cred = task->cred;
+	file = bprm->file;
 	fill_ids(&s->rec, task, cred);
 	fill_namespaces(&s->rec, task, cred);
 	flags = fill_file(&s->rec, file);
 	flags |= privileges(&s->rec, bprm, cred);
-	if (BPF_CORE_READ(bprm, interp) != BPF_CORE_READ(bprm, filename))
+	if (bprm->interp != bprm->filename)
 		flags |= SCRIPT;
 	flags |= append_strings(s, task, bprm, file);
 	s->rec.flags = flags;
 	s->rec.shared_len = sizeof(s->rec) - offsetof(struct exec_record, inode) + s->str.off;
-	s->rec.head.extra = append_argv(s, BPF_CORE_READ(task, mm));
+	s->rec.head.extra = append_argv(s, task->mm);
 	/* Each exec counts self_exec_id up; a fork leaves it alone and remembers it. */
-	if (BPF_CORE_READ(task, self_exec_id) == BPF_CORE_READ(task, parent_exec_id) + 1)
+	if (task->self_exec_id == task->parent_exec_id + 1)
 		s->rec.head.extra |= FIRST;
 	size = sizeof(s->rec) + (u64)s->str.off + s->rec.argv_len;
 	if (size > sizeof(s->rec) + sizeof(s->buf))
@@ -647,20 +675,20 @@ int on_exec(struct raw_args *ctx)
 	return 0;
 }
 
-SEC("raw_tp/sched_process_fork")
+SEC("tp_btf/sched_process_fork")
 int on_fork(struct raw_args *ctx)
 {
 	struct task_struct *parent = (void *)ctx->args[0], *child = (void *)ctx->args[1];
-	bool elsewhere = BPF_CORE_READ(child, cgroups) != BPF_CORE_READ(parent, cgroups);
+	bool elsewhere = child->cgroups != parent->cgroups;
 	struct fork_scratch *s;
 	u64 size;
 
-	if (BPF_CORE_READ(child, pid) != BPF_CORE_READ(child, tgid) || BPF_CORE_READ(child, flags) & PF_KTHREAD) {
+	if (child->pid != child->tgid || child->flags & PF_KTHREAD) {
 		count_seen(TASK);
 		return 0;
 	}
 	if (!settings.every_fork) {
-		if ((BPF_CORE_READ(parent, group_leader, flags) & (PF_FORKNOEXEC | PF_KTHREAD)) == PF_FORKNOEXEC)
+		if ((parent->group_leader->flags & (PF_FORKNOEXEC | PF_KTHREAD)) == PF_FORKNOEXEC)
 			announce(parent);
 		if (!elsewhere) {
 			count_seen(FORK);
@@ -685,21 +713,14 @@ int on_fork(struct raw_args *ctx)
 }
 
 /* Workers of io_uring are not forked, so the tracepoint above does not tell of them; the kernel's total counts them. */
-SEC("raw_tp/task_newtask")
+SEC("tp_btf/task_newtask")
 int on_worker(struct raw_args *ctx)
 {
 	struct task_struct *task = (void *)ctx->args[0];
 
-	if (BPF_CORE_READ(task, flags) & PF_IO_WORKER)
+	if (task->flags & PF_IO_WORKER)
 		count_seen(TASK);
 	return 0;
-}
-
-static __always_inline void add_times(struct cpu_times *t, struct task_struct *task)
-{
-	t->utime += BPF_CORE_READ(task, utime);
-	t->stime += BPF_CORE_READ(task, stime);
-	t->runtime += BPF_CORE_READ(task, se.sum_exec_runtime);
 }
 
 static long times_step(u32 i, struct cpu_times **ctx)
@@ -710,7 +731,9 @@ static long times_step(u32 i, struct cpu_times **ctx)
 	if (!t->next || t->next == t->end)
 		return 1;
 	task = (void *)t->next - bpf_core_field_offset(struct task_struct, thread_node);
-	add_times(t, task);
+	t->utime += BPF_CORE_READ(task, utime);
+	t->stime += BPF_CORE_READ(task, stime);
+	t->runtime += BPF_CORE_READ(task, se.sum_exec_runtime);
 	t->next = BPF_CORE_READ(task, thread_node.next);
 	return 0;
 }
@@ -723,9 +746,9 @@ static __always_inline void complete_runtime(struct exit_record *rec, struct tas
 {
 	u64 lived = rec->head.time - rec->head.start, waited;
 
-	if (!bpf_core_field_exists(task->sched_info.run_delay) || BPF_CORE_READ(task, nvcsw))
+	if (!bpf_core_field_exists(task->sched_info.run_delay) || task->nvcsw)
 		return;
-	waited = BPF_CORE_READ(task, sched_info.run_delay);
+	waited = task->sched_info.run_delay;
 	if (lived > waited && lived - waited > rec->runtime)
 		rec->runtime = lived - waited;
 }
@@ -734,23 +757,27 @@ static __always_inline void complete_runtime(struct exit_record *rec, struct tas
 static __always_inline void fill_times(struct exit_record *rec, struct task_struct *task, struct signal_struct *signal,
 				       int threads)
 {
-	struct cpu_times *t = entry(&times, 0);
+	struct cpu_times *t;
 
-	if (!t)
-		return;
-	t->utime = BPF_CORE_READ(signal, utime);
-	t->stime = BPF_CORE_READ(signal, stime);
-	t->runtime = BPF_CORE_READ(signal, sum_sched_runtime);
+	rec->utime = signal->utime;
+	rec->stime = signal->stime;
+	rec->runtime = signal->sum_sched_runtime;
 	if (threads > 1) {
-		t->next = BPF_CORE_READ(signal, thread_head.next);
+		t = entry(&times, 0);
+		if (!t)
+			return;
+		t->utime = t->stime = t->runtime = 0;
+		t->next = signal->thread_head.next;
 		t->end = (void *)signal + bpf_core_field_offset(struct signal_struct, thread_head);
 		bpf_loop(4096, times_step, &t, 0);
-	} else {
-		add_times(t, task);
+		rec->utime += t->utime;
+		rec->stime += t->stime;
+		rec->runtime += t->runtime;
+		return;
 	}
-	rec->utime = t->utime;
-	rec->stime = t->stime;
-	rec->runtime = t->runtime;
+	rec->utime += task->utime;
+	rec->stime += task->stime;
+	rec->runtime += task->se.sum_exec_runtime;
 	if (threads == 1)
 		complete_runtime(rec, task);
 }
@@ -766,9 +793,9 @@ static __always_inline u64 resident(struct mm_struct *mm)
 		anon = BPF_CORE_READ(old, rss_stat.count[1].counter);
 		shmem = BPF_CORE_READ(old, rss_stat.count[3].counter);
 	} else {
-		file = BPF_CORE_READ(mm, rss_stat[0].count);
-		anon = BPF_CORE_READ(mm, rss_stat[1].count);
-		shmem = BPF_CORE_READ(mm, rss_stat[3].count);
+		file = mm->rss_stat[0].count;
+		anon = mm->rss_stat[1].count;
+		shmem = mm->rss_stat[3].count;
 	}
 	return (file > 0 ? file : 0) + (anon > 0 ? anon : 0) + (shmem > 0 ? shmem : 0);
 }
@@ -782,43 +809,42 @@ static __always_inline bool group_ended(struct signal_struct *signal, struct hea
 	struct ended_key key = { .start = head->start, .pid = head->pid };
 	u32 one = 1;
 
-	if (BPF_CORE_READ(signal, live.counter) > 0)
+	if (signal->live.counter > 0)
 		return false;
 	if (threads > 1)
 		return !bpf_map_update_elem(&ended, &key, &one, BPF_NOEXIST);
 	return !bpf_map_lookup_elem(&ended, &key);
 }
 
-SEC("raw_tp/sched_process_exit")
+SEC("tp_btf/sched_process_exit")
 int on_exit(struct raw_args *ctx)
 {
 	struct task_struct *task = (void *)ctx->args[0];
-	struct signal_struct *signal = BPF_CORE_READ(task, signal);
-	int threads = BPF_CORE_READ(signal, nr_threads);
+	struct signal_struct *signal = task->signal;
+	int threads = signal->nr_threads;
 	struct exit_record rec = {};
 	struct task_struct *leader;
 	struct mm_struct *mm;
 
-	if (BPF_CORE_READ(task, flags) & PF_KTHREAD)
+	if (task->flags & PF_KTHREAD)
 		return 0;
 	fill_head(&rec.head, EXIT, task);
 	if (rec.head.pid == settings.mute_pid || !group_ended(signal, &rec.head, threads))
 		return 0;
 	announce_children(task, 1);
 	fill_times(&rec, task, signal, threads);
-	leader = BPF_CORE_READ(task, group_leader);
+	leader = task->group_leader;
 	/* As wait_task_zombie() in kernel/exit.c. */
-	rec.status = BPF_CORE_READ(signal, flags) & SIGNAL_GROUP_EXIT ? BPF_CORE_READ(signal, group_exit_code) :
-									BPF_CORE_READ(leader, exit_code);
-	mm = BPF_CORE_READ(task, mm);
+	rec.status = signal->flags & SIGNAL_GROUP_EXIT ? signal->group_exit_code : leader->exit_code;
+	mm = task->mm;
 	if (mm) {
-		u64 peak = BPF_CORE_READ(mm, hiwater_rss), now = resident(mm);
+		u64 peak = mm->hiwater_rss, now = resident(mm);
 
 		rec.rss = peak > now ? peak : now;
 	} else {
 		rec.head.extra |= NO_MM;
 	}
-	rec.maxrss = BPF_CORE_READ(signal, maxrss);
+	rec.maxrss = signal->maxrss;
 	bpf_core_read(rec.comm, sizeof(rec.comm), &leader->comm);
 	emit(EXIT, &rec, sizeof(rec));
 	return 0;
@@ -846,7 +872,7 @@ int on_exec_failed(struct raw_args *ctx)
 	rec = entry(&failed_scratch, 0);
 	if (!rec)
 		return 0;
-	fill_head(&rec->head, EXEC_FAILED, (void *)bpf_get_current_task());
+	fill_head(&rec->head, EXEC_FAILED, bpf_get_current_task_btf());
 	if (rec->head.pid == settings.mute_pid)
 		return 0;
 	rec->error = -ret;
