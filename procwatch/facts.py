@@ -227,6 +227,7 @@ class Accounted(Fact, gc=False):
     status: int | None = None
     start_ns: int | None = None  # start, CLOCK_BOOTTIME, as exact as the record allows
     elapsed_ns: int | None = None  # from its start to its end, to the microsecond; does not count suspend
+    exe_memfd: bool = False  # `exe_dev` is that of files in memory
 
 
 class Decided(Fact, gc=False):

@@ -41,9 +41,7 @@ class Files:
         self._heads: dict[State, tuple[str, str | None]] = {}
         self._last: dict[int, State] = {}  # by pid
         self._before: dict[int, State] = {}
-        memory = os.memfd_create("procwatch")
-        self._memory_dev = os.fstat(memory).st_dev
-        os.close(memory)
+        self._memory_dev = libc.memory_device()
 
     def next_batch(self) -> None:
         """

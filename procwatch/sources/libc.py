@@ -85,6 +85,17 @@ def fanotify_mark(group: int, flags: int, mask: int, path: str) -> None:
     _check(_libc.fanotify_mark(group, flags, mask, AT_FDCWD, os.fsencode(path)))
 
 
+def memory_device() -> int:
+    """
+    st_dev of files in memory, memfd_create(2): a filesystem of the kernel's own, that is mounted nowhere.
+    """
+    memory = os.memfd_create("procwatch", os.MFD_CLOEXEC)
+    try:
+        return os.fstat(memory).st_dev
+    finally:
+        os.close(memory)
+
+
 def filesystem_magic(fd: int) -> int:
     """
     f_type of the filesystem that an open file is on, fstatfs(2).

@@ -28,7 +28,7 @@ from typing import ClassVar
 from procwatch.errors import DecodeError, SourceUnavailable
 from procwatch.facts import Accounted, Fact, Lost, Usage
 from procwatch.sources.base import SourceStats, set_receive_buffer
-from procwatch.sources.libc import Datagrams
+from procwatch.sources.libc import Datagrams, memory_device
 from procwatch.wire import taskstats
 from procwatch.wire.taskstats import Record
 
@@ -60,6 +60,7 @@ class Taskstats:
         self._socket: socket.socket | None = None
         self._slots = Datagrams(taskstats.SLOT, SLOTS)
         self._groups: dict[int, Record] = {}
+        self._memory_dev = memory_device()
         self._told = 0  # losses
         self._told_before = 0  # of these, of earlier sockets
         self._read_ns = 0
@@ -267,6 +268,7 @@ class Taskstats:
             record.status if record.version >= taskstats.WITH_EXE else None,
             now - elapsed,
             elapsed,
+            record.exe_dev == self._memory_dev,
         )
 
     def _lose(self, now: int, facts: list[Fact]) -> None:

@@ -7,7 +7,8 @@ What other sources knew of an exec, added to what netlink and /proc tell of it.
     both, the same file                              the same
     both, different files                            the open's, if that is proven: it is nearer to the exec than our
                                                      look at /proc was. Counted: `disagreements`
-    neither, but the account of its end (taskstats)  the path under which this device and inode was executed before
+    neither, but the account of its end (taskstats)  the path under which this device and inode was executed before;
+                                                     of a file in memory the name that the kernel made its comm
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from collections.abc import Iterable, Mapping
 
 from msgspec.structs import replace
 
-from procwatch.facts import Accounted, Details, Exec, Fact, Opened, Thread
+from procwatch.facts import TOO_LONG, Accounted, Details, Exec, Fact, Opened, Thread
 from procwatch.table.opens import PENDING, Identity, Ran, match
 from procwatch.table.process import changed
 
 MAX_OPENERS = 8192  # processes with opens that wait for an exec
 MAX_PATHS = 16_384
 MAX_SHARED = 4096
+COMM_BYTES = 15  # TASK_COMM_LEN less its NUL: a name of so many may have been cut
 
 
 class Joins:
@@ -75,7 +77,8 @@ class Joins:
                     ended.add(fact.pid)
         found = {}
         for pid, told in last.items():
-            final = self._final(told, accounts.get(pid) if pid in ended else None)
+            account = accounts.get(pid) if pid in ended else None
+            final = self._final(told, account)
             count = several.get(pid, 1)
             ran, rest = match(self.opens.pop(pid, ()), count, final=final, ended=pid in ended)
             if rest:
@@ -83,7 +86,7 @@ class Joins:
             if not ran:
                 ran = [Ran(certain=False) for _ in range(count)]
             if ran[-1].exe is None and final is not None:
-                ran[-1].exe = self._paths.get(final)
+                ran[-1].exe = self._paths.get(final) if account is None else self.path_of(account)
             for one in ran:
                 self._remember(one.exe)
             found[pid] = ran
@@ -112,7 +115,7 @@ class Joins:
         return None
 
     def _remember(self, opened: Opened | None) -> None:
-        if opened is None or (opened.dev, opened.inode) in self._paths:
+        if opened is None or opened.memfd or (opened.dev, opened.inode) in self._paths:
             return
         if len(self._paths) >= MAX_PATHS:
             del self._paths[next(iter(self._paths))]
@@ -121,10 +124,12 @@ class Joins:
 
     def path_of(self, account: Accounted) -> Opened | None:
         """
-        The executable that an ended process ran, if it was seen before.
+        The executable that an ended process ran, if it was seen before, or is in memory: fanotify cannot hear those.
         """
         if account.exe_dev is None or account.exe_inode is None:
             return None
+        if account.exe_memfd:
+            return _in_memory(account, account.exe_dev, account.exe_inode)
         return self._paths.get((account.exe_dev, account.exe_inode))
 
     def add(self, details: Details, ran: Ran, comm: str | None) -> Details:
@@ -160,6 +165,16 @@ class Joins:
         return None if kept is None or kept[0] is not details else kept[1]
 
 
+def _in_memory(account: Accounted, dev: int, inode: int) -> Opened:
+    """
+    A file in memory (memfd_create) that an ended process ran. Its name is known if an exec by descriptor made it the
+    process's comm, which Linux does from 6.14 on, and it was not too long for that.
+    """
+    comm = account.comm or ""
+    named = comm.startswith("memfd:") and len(comm.encode("utf-8", "surrogateescape")) < COMM_BYTES
+    return Opened(account.time_ns, account.pid, f"/{comm}" if named else "", True, True, dev, inode)
+
+
 def _key(details: Details, exe: Opened, script: Opened | None, certain: bool, comm: str | None) -> tuple[object, ...]:
     return id(details), exe.path, exe.deleted, exe.dev, exe.inode, exe.size, script and script.path, certain, comm
 
@@ -168,20 +183,25 @@ def named(details: Details, exe: Opened, script: Opened | None, certain: bool, c
     """
     A copy of `details` with this executable, and this comm if there was none.
     """
-    known = {"exe", "exe_deleted"} if details.comm is not None or comm is None else {"exe", "exe_deleted", "comm"}
+    known = {"exe_deleted"} if details.comm is not None or comm is None else {"exe_deleted", "comm"}
+    missing = {field: why for field, why in details.missing.items() if field not in known}
+    if exe.path:
+        missing.pop("exe", None)
+    elif not exe.memfd:
+        missing["exe"] = TOO_LONG
     return changed(
         details,
-        exe=exe.path,
+        exe=exe.path or None,
         exe_deleted=exe.deleted,
         exe_memfd=exe.memfd,
         exe_dev=exe.dev,
         exe_inode=exe.inode,
-        exe_size=exe.size,
+        exe_size=exe.size or None,
         comm=details.comm or comm,
         script=details.script if script is None else script.path,
         inspected=False,
-        missing={field: why for field, why in details.missing.items() if field not in known},
-        inferred=details.inferred if certain else (*details.inferred, "exe"),
+        missing=missing,
+        inferred=details.inferred if certain or not exe.path else (*details.inferred, "exe"),
     )
 
 

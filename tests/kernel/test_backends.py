@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,49 @@ async def test_a_deleted_executable(watch: Watch, tmp_path: Path):
     *_, ended = await watch.run(["sh", "-c", commands, "sh", copy])
     assert (ended.exe, ended.exe_deleted) == (str(copy), True)
     assert ended.argv[1:] == ["0.2"]
+
+
+_IN_MEMORY = """
+import os, sys
+for number in range(5):
+    fd = os.memfd_create("hidden")
+    os.write(fd, open(sys.argv[1], "rb").read())
+    child = os.fork()
+    if not child:
+        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+        os.execve(fd, ["innocent"], {})
+    os.waitpid(child, 0)
+"""
+
+
+async def test_programs_in_memory(watch: Watch, tiny: Path):
+    """
+    Also those of 150 µs, which no file system tells of: that they were in memory always, their name if it can be known.
+    """
+    sources = watch.watcher.ready.sources
+    parent = (await watch.run([sys.executable, "-c", _IN_MEMORY, tiny]))[0].pid
+    lives: list[Any] = [event for event in watch.collector.events if getattr(event, "ppid", 0) == parent]
+    told = {event.exe for event in lives if event.event == "exec"}
+    assert told <= {"/memfd:hidden", os.path.realpath(sys.executable), None}
+    if not {"ebpf", "taskstats"} & set(sources):
+        return  # nobody else knows of a program that nobody could read
+    assert [event.event for event in lives] == ["exec", "exit"] * 5
+    for event in lives:
+        assert (event.exe_memfd, event.exe_deleted) == (True, True)
+        assert event.exe in ("/memfd:hidden", None)
+        assert (event.exe is None) == ("exe" in event.missing)
+        known = "ebpf" in sources or event.argv is not None
+        # The kernel makes the name of a file that is executed by its descriptor the comm since 6.14.
+        assert event.exe is not None or not (known or comm_tells())
+        assert event.exe is None or known != ("exe" in event.inferred)
+
+
+def comm_tells() -> bool:
+    """
+    Whether the comm of a program in memory is the name of its file.
+    """
+    major, minor = (int(part) for part in os.uname().release.split(".")[:2])
+    return (major, minor) >= (6, 14)
 
 
 async def test_an_exec_chain_is_one_process(watch: Watch):

@@ -27,6 +27,37 @@ def test_what_was_held_is_of_that_exec_alone():
     assert (details.exe, details.argv, details.missing) == ("/tiny", None, {"argv": "exited"})
 
 
+def test_a_program_in_memory_is_known_by_its_device():
+    """
+    Nobody hears of its open. Its name is known if it is all of the comm; it is not remembered, for the next may have
+    another.
+    """
+    joins = Joins()
+    gone = Details(missing={"exe": "exited", "exe_deleted": "exited"})
+
+    def ran(pid: int, comm: str) -> Details:
+        account = Accounted(3, pid, comm=comm, exe_dev=1, exe_inode=7, exe_memfd=True)
+        (ran,) = joins.match([Exec(3, pid), Thread(4, pid, pid, False)], {pid: account})[pid]
+        return joins.add(gone, ran, comm)
+
+    known = ran(10, "memfd:hidden")
+    assert (known.exe, known.exe_memfd, known.exe_deleted) == ("/memfd:hidden", True, True)
+    assert (known.exe_inode, known.exe_size, known.inferred, known.missing) == (7, None, ("exe",), {})
+    for pid, comm in ((11, "memfd:123456789"), (12, "3")):  # maybe cut; a descriptor's number, before Linux 6.14
+        unknown = ran(pid, comm)
+        assert (unknown.exe, unknown.exe_memfd, unknown.exe_deleted) == (None, True, True)
+        assert (unknown.inferred, unknown.missing) == ((), {"exe": "exited"})
+
+
+def test_a_path_that_the_kernel_cannot_tell_is_missing():
+    """
+    Not an empty one.
+    """
+    opened = Opened(1, 10, path="", dev=1, inode=2, size=3, kind="elf")
+    details = Joins().add(Details(missing={"exe": "exited"}), Ran(exe=opened), None)
+    assert (details.exe, details.missing, details.exe_inode, details.inferred) == (None, {"exe": "too_long"}, 2, ())
+
+
 def test_a_deduced_open_gives_its_path_only():
     """
     An open that may be another exec's does not give that one's arguments away.
