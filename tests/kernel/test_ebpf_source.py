@@ -225,6 +225,30 @@ class TestExec:
         assert details.missing == {"exe": "too_long", "cwd": "too_long"}
         assert (details.file, details.argv) == ("./tiny", ["tiny"])
 
+    @pytest.mark.parametrize(("size", "whole"), [(3840, True), (3841, True), (4095, True), (4096, False)])
+    def test_longest(self, source: Ebpf, tiny: Path, tmp_path: Path, size: int, whole: bool):
+        """
+        What /proc can tell is told: 4095 bytes.
+        """
+        directory = size - len("/tiny")
+        names = ["x" * 200] * ((directory - len(str(tmp_path)) - 2) // 201 - 1)
+        rest = directory - len(str(tmp_path)) - 201 * len(names) - 2
+        names += ["y" * (rest // 2), "z" * (rest - rest // 2)]
+
+        def work() -> None:
+            os.chdir(tmp_path)
+            for name in names:
+                os.mkdir(name)
+                os.chdir(name)
+            shutil.copy(tiny, "tiny")
+            os.execv("./tiny", ["tiny"])
+
+        details = last_exec(source, child(work)[0])
+        path = "/".join([str(tmp_path), *names, "tiny"])
+        assert len(path) == size
+        assert details.exe == (path if whole else None)
+        assert details.cwd == path.removesuffix("/tiny")
+
     def test_across_mounts(self, source: Ebpf, tiny: Path, tmp_path: Path):
         """
         A path goes on above the root of its file system.
@@ -278,6 +302,20 @@ class TestExec:
         os.close(fd)
 
         assert (details.exe, details.exe_memfd, details.exe_deleted) == ("/memfd:hidden one", True, True)
+
+    def test_not_in_memory(self, source: Ebpf, tiny: Path, tmp_path: Path):
+        """
+        A file that was moved out of the mount by which it was opened, to a name that a memory file would have.
+        """
+        root()
+        script = """
+            mount -t tmpfs x "$1" && mkdir "$1/sub" "$1/bound" && cp "$2" "$1/sub/tiny" &&
+            mount --bind "$1/sub" "$1/bound" && exec 3<"$1/bound/tiny" && mv "$1/sub/tiny" "$1/memfd:evil" &&
+            exec /proc/self/fd/3
+        """
+        details = run(source, ["unshare", "-m", "sh", "-c", script, "sh", tmp_path, tiny])
+
+        assert (details.exe, details.exe_memfd, details.exe_deleted) == ("/memfd:evil", False, False)
 
     def test_deleted_file_by_descriptor(self, source: Ebpf, tiny: Path, tmp_path: Path):
         """

@@ -63,6 +63,7 @@ struct hlist_bl_node {
 
 struct super_block {
 	u32 s_dev;
+	unsigned long s_flags;
 };
 
 struct inode {
@@ -297,6 +298,7 @@ enum {
 	PF_IO_WORKER = 0x00000010,
 	PF_FORKNOEXEC = 0x00000040,
 	PF_KTHREAD = 0x00200000,
+	SB_KERNMOUNT = 1 << 22,
 	SIGNAL_GROUP_EXIT = 4,
 	PIDTYPE_SID = 3,
 	S_ISUID = 04000,

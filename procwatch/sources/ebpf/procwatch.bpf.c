@@ -24,7 +24,7 @@ enum kind { EXEC = 1, FORK = 2, EXIT = 3, ARGV = 4, EXEC_FAILED = 5, TASK = 6, K
 /* Of what many processes share. */
 enum shared_flag {
 	EXE_CUT = 1 << 0, /* longer than STRING bytes or STEPS components */
-	EXE_DETACHED = 1 << 1, /* on no mount that can be reached: memfd */
+	EXE_DETACHED = 1 << 1, /* on a file system of the kernel's own, which nobody can mount: memfd */
 	EXE_DELETED = 1 << 2,
 	CWD_CUT = 1 << 3,
 	CGROUP_CUT = 1 << 4,
@@ -104,7 +104,7 @@ struct failed_record {
 /* A path is sent leaf first, each component with its NUL: user space turns it round, and only when it is new. */
 struct strings {
 	u32 off; /* end of what is in buf */
-	u32 limit; /* where the string being appended must have stopped */
+	u32 limit; /* where the string being appended is too long: PATH_MAX bytes from its begin */
 	u32 done;
 	u32 detached;
 	struct dentry *dentry, *root; /* where the walk is, and the root of the mount that it is in */
@@ -288,7 +288,7 @@ static __always_inline bool append(struct strings *str, char *buf, const char *n
 	u32 off = str->off;
 	long n;
 
-	if (off > STRINGS - NAME || off > str->limit)
+	if (off > STRINGS - NAME || off >= str->limit)
 		return false;
 	n = bpf_probe_read_kernel_str(buf + off, NAME, name);
 	if (n <= 0)
@@ -299,9 +299,15 @@ static __always_inline bool append(struct strings *str, char *buf, const char *n
 
 static __always_inline void begin(struct strings *str)
 {
-	str->limit = str->off + STRING - NAME;
+	str->limit = str->off + STRING;
 	str->done = 0;
 	str->detached = 0;
+}
+
+/* Whether all of it was appended, and the kernel itself would tell it: PATH_MAX bytes with a NUL, fs/d_path.c. */
+static __always_inline bool whole(struct strings *str)
+{
+	return str->done && str->off < str->limit;
 }
 
 static long path_step(u32 i, struct exec_scratch **ctx)
@@ -354,7 +360,7 @@ static __always_inline bool append_path(struct exec_scratch *s, struct vfsmount 
 	}
 	s->str.dentry = dentry;
 	bpf_loop(STEPS, path_step, &s, 0);
-	return s->str.done;
+	return whole(&s->str);
 }
 
 static __always_inline struct kernfs_node *kernfs_parent(struct kernfs_node *kn)
@@ -460,7 +466,7 @@ static __always_inline bool append_cgroup(struct strings *str, char *buf, struct
 	str->kn = BPF_CORE_READ(cgroup, kn);
 	begin(str);
 	bpf_loop(STEPS, cgroup_step, &walk, 0);
-	return str->done;
+	return whole(str);
 }
 
 static __always_inline void fill_ids(struct exec_record *rec, struct task_struct *task, const struct cred *cred)
@@ -611,7 +617,8 @@ static __always_inline u32 append_strings(struct exec_scratch *s, struct task_st
 	s->str.off = 0;
 	if (!append_path(s, file->f_path.mnt, file->f_path.dentry))
 		flags |= EXE_CUT;
-	if (s->str.detached)
+	/* On a tmpfs, too, a name can be reached that is outside of the mount: there it is only a name. */
+	if (s->str.detached && file->f_inode->i_sb->s_flags & SB_KERNMOUNT)
 		flags |= EXE_DETACHED;
 	rec->exe_len = from = s->str.off;
 
@@ -653,7 +660,10 @@ int on_exec(struct raw_args *ctx)
 	if (s->rec.head.pid == settings.mute_pid)
 		return 0;
 	announce_children(task, 0);
+	/* A kernel that Clang compiled tells its verifier of __rcu, and that wants to see this checked. It is never NULL. */
 	cred = task->cred;
+	if (!cred)
+		return 0;
 	file = bprm->file;
 	fill_ids(&s->rec, task, cred);
 	fill_namespaces(&s->rec, task, cred);
