@@ -13,6 +13,7 @@ What other sources knew of an exec, added to what netlink and /proc tell of it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 
 from msgspec.structs import replace
@@ -115,12 +116,17 @@ class Joins:
         return None
 
     def _remember(self, opened: Opened | None) -> None:
-        if opened is None or opened.memfd or (opened.dev, opened.inode) in self._paths:
+        """
+        Keep the latest path of a file, where device and inode are a name that lasts: the number of a file system
+        without a disk (tmpfs, overlayfs, btrfs) is given to the next one that is mounted, whose inodes begin anew.
+        """
+        if opened is None or os.major(opened.dev) == 0:
             return
-        if len(self._paths) >= MAX_PATHS:
+        identity = opened.dev, opened.inode
+        if len(self._paths) >= MAX_PATHS and identity not in self._paths:
             del self._paths[next(iter(self._paths))]
         # What was read while that exec was held is of that process alone.
-        self._paths[opened.dev, opened.inode] = opened if opened.held is None else replace(opened, held=None)
+        self._paths[identity] = opened if opened.held is None else replace(opened, held=None)
 
     def path_of(self, account: Accounted) -> Opened | None:
         """

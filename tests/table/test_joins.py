@@ -4,12 +4,15 @@ What is known of an exec from other sources goes to that exec, and to no other.
 
 from __future__ import annotations
 
+import os
+
 from procwatch.facts import Accounted, Details, Exec, Opened, Thread
 from procwatch.table.joins import Joins
 from procwatch.table.opens import Ran
 
 HELD = Details(argv=["first", "secret"], cwd="/first", cgroup="/first", uid=7)
-TINY = Opened(1, 10, path="/tiny", dev=1, inode=2, kind="elf", held=HELD)
+DISK = os.makedev(8, 1)
+TINY = Opened(1, 10, path="/tiny", dev=DISK, inode=2, kind="elf", held=HELD)
 
 
 def test_what_was_held_is_of_that_exec_alone():
@@ -20,7 +23,7 @@ def test_what_was_held_is_of_that_exec_alone():
     joins.opened(TINY)
     (first,) = joins.match([Exec(2, 10)], {})[10]
     assert joins.add(Details(missing={"argv": "exited"}), first, None).argv == ["first", "secret"]
-    account = Accounted(3, 11, exe_dev=1, exe_inode=2)
+    account = Accounted(3, 11, exe_dev=DISK, exe_inode=2)
     batch = [Exec(3, 11), Thread(4, 11, 11, False)]
     (other,) = joins.match(batch, {11: account})[11]
     details = joins.add(Details(missing={"exe": "exited", "argv": "exited"}), other, None)
@@ -56,6 +59,21 @@ def test_a_path_that_the_kernel_cannot_tell_is_missing():
     opened = Opened(1, 10, path="", dev=1, inode=2, size=3, kind="elf")
     details = Joins().add(Details(missing={"exe": "exited"}), Ran(exe=opened), None)
     assert (details.exe, details.missing, details.exe_inode, details.inferred) == (None, {"exe": "too_long"}, 2, ())
+
+
+def test_a_path_is_known_as_long_as_its_device_and_inode_name_it():
+    """
+    The latest path of a file on a disk. Of a tmpfs none: the next one that is mounted has the same numbers.
+    """
+    for dev, exe in ((DISK, "/new"), (os.makedev(0, 40), None)):
+        joins = Joins()
+        for pid, path in ((10, "/old"), (11, "/new")):
+            joins.opened(Opened(1, pid, path=path, dev=dev, inode=2, kind="elf"))
+            joins.match([Exec(2, pid)], {})
+        account = Accounted(3, 12, exe_dev=dev, exe_inode=2)
+        (ran,) = joins.match([Exec(3, 12), Thread(4, 12, 12, False)], {12: account})[12]
+        details = joins.add(Details(missing={"exe": "exited"}), ran, None)
+        assert (details.exe, details.inferred) == (exe, ("exe",) if exe else ())
 
 
 def test_a_deduced_open_gives_its_path_only():
