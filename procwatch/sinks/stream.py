@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import select
 import stat
@@ -21,6 +22,7 @@ AGAIN_S = 1.0
 # poll(2) says that a pipe is writable when one page of it is free; that much never blocks. For where RWF_NOWAIT of
 # pwritev2(2) is not known.
 PIPE_CHUNK = 4096
+PIPE_BYTES = 1 << 20  # fs.pipe-max-size, beyond which root's privilege is needed
 
 
 def open_file(path: str) -> int:
@@ -28,6 +30,17 @@ def open_file(path: str) -> int:
     A descriptor that appends to a file; a new one has mode 0640.
     """
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+
+
+def widen(fd: int) -> None:
+    """
+    Let a pipe hold what a turn writes in a storm: with the 64 KiB that it has by itself, writer and reader wake each
+    other four times for that. What is not used costs no memory.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    except OSError:  # no pipe; or more than this user may have, fs.pipe-user-pages-soft
+        pass
 
 
 class StreamSink:
@@ -72,6 +85,7 @@ class StreamSink:
         self._buffer = bytearray()
         self.file = stat.S_ISREG(os.fstat(fd).st_mode)
         self._nowait = not self.file
+        widen(fd)
         self._path = path if self.file else None
         self._nameless = False
         self._looked = self._loop.time()

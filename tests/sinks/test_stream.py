@@ -60,10 +60,11 @@ def sink(fd: int, said: Closed, latency_s: float = 0, path: str | None = None) -
 
 
 @pytest.fixture
-def pipe() -> Iterator[list[int]]:
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """
-    A pipe of one page: [reader, writer]; closed at the end, those that are left in it.
+    A pipe that stays at one page: [reader, writer]; closed at the end, those that are left in it.
     """
+    monkeypatch.setattr(stream, "PIPE_BYTES", 4096)
     ends = list(os.pipe())
     fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 4096)
     yield ends
@@ -145,6 +146,17 @@ async def test_the_end_waits_for_the_reader(pipe: list[int]):
     os.close(pipe.pop())
     reader.join()
     assert [line["count"] for line in found] == list(range(100))
+
+
+async def test_a_pipe_holds_what_a_turn_writes():
+    """
+    It is made larger than the 64 KiB that it has by itself.
+    """
+    reader, writer = os.pipe()
+    sink(writer, Closed())
+    assert fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ) == stream.PIPE_BYTES
+    os.close(reader)
+    os.close(writer)
 
 
 async def test_beyond_the_bound_events_are_dropped_and_told(pipe: list[int], monkeypatch: pytest.MonkeyPatch):
