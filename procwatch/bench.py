@@ -351,10 +351,10 @@ def _settled(process: subprocess.Popen[bytes]) -> bool:
     Wait until a program that does not say when it is ready does no more work; False when it has ended.
     """
     deadline = time.monotonic() + PATIENCE_S
-    before = -1
+    before = None  # one that was just started has used nothing yet
     while process.poll() is None:
         now = cpu_ns(process.pid)
-        if now - before < 1_000_000 or time.monotonic() > deadline:
+        if (before is not None and now - before < 1_000_000) or time.monotonic() > deadline:
             return True
         before = now
         time.sleep(2 * QUIET_S)
