@@ -35,10 +35,11 @@ def open_file(path: str) -> int:
 def widen(fd: int) -> None:
     """
     Let a pipe hold what a turn writes in a storm: with the 64 KiB that it has by itself, writer and reader wake each
-    other four times for that. What is not used costs no memory.
+    other four times for that. Pages that are not used are not taken.
     """
     try:
-        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < PIPE_BYTES:
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     except OSError:  # no pipe; or more than this user may have, fs.pipe-user-pages-soft
         pass
 

@@ -87,9 +87,13 @@ def fanotify_mark(group: int, flags: int, mask: int, path: str) -> None:
 
 def memory_device() -> int:
     """
-    st_dev of files in memory, memfd_create(2): a filesystem of the kernel's own, that is mounted nowhere.
+    st_dev of files in memory, memfd_create(2): a filesystem of the kernel's own, that is mounted nowhere. -1, which
+    none has, if that cannot be known: forbidden by seccomp, or no descriptor left.
     """
-    memory = os.memfd_create("procwatch", os.MFD_CLOEXEC)
+    try:
+        memory = os.memfd_create("procwatch", os.MFD_CLOEXEC)
+    except OSError:
+        return -1
     try:
         return os.fstat(memory).st_dev
     finally:

@@ -87,7 +87,7 @@ class Joins:
             if not ran:
                 ran = [Ran(certain=False) for _ in range(count)]
             if ran[-1].exe is None and final is not None:
-                ran[-1].exe = self._paths.get(final) if account is None else self.path_of(account)
+                ran[-1].exe = self._paths.get(final) or (self.path_of(account) if account is not None else None)
             for one in ran:
                 self._remember(one.exe)
             found[pid] = ran

@@ -2,8 +2,8 @@
 /*
  * One record for each exec, fork and exit, complete at the moment that it happens.
  *
- * Tracepoints of the scheduler only: they are in every kernel, where kprobes and fentry may be configured out. What each record
- * holds, and how it is laid out, is in docs/ebpf.md and procwatch/wire/bpf_event.py; the three must agree.
+ * Tracepoints of the scheduler only: they are in every kernel, where kprobes and fentry may be configured out. What each
+ * record holds, and how it is laid out, is in docs/ebpf.md and procwatch/wire/bpf_event.py; the three must agree.
  *
  * They are "tp_btf" and not "raw_tp": the arguments have types, so a field is a load that the verifier has checked, where
  * a call of bpf_probe_read_kernel() takes ten times as long. What was in map memory or comes from a cast has lost its
